@@ -1,0 +1,69 @@
+# UniPrefill on vLLM: every task of the fork. `make help` lists them.
+PYTHON ?= python3
+# cpu or cuda; empty: cuda where there is an NVIDIA GPU
+DEVICE ?=
+# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the benchmark (bench)
+ARGS ?=
+MODEL ?=
+TO ?=
+
+RUN := $(PYTHON) scripts
+VENV := build/venv/bin/python
+DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
+
+.DEFAULT_GOAL := help
+.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench \
+	rebase-check lock clean distclean
+
+help: ## list the tasks
+	@echo 'make TASK [DEVICE=cpu|cuda] [MODEL=path-or-name] [ARGS="…"]'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+source: ## fetch the pinned release, verify it against UPSTREAM, unpack it
+	@$(RUN)/fetch_source.py $(if $(filter cuda,$(DEVICE)),--wheel)
+
+tree: ## build/tree: the release with every patch applied, in order
+	@$(RUN)/make_tree.py
+
+refresh: ## write the edits of build/tree into their patches, canonically; regenerate patches/README.md
+	@$(RUN)/refresh_patches.py
+
+discard-edits: ## throw away every edit of build/tree that no patch has
+	@$(RUN)/make_tree.py --discard
+
+check: ## patches, headers, series and table in order? (seconds, offline)
+	@$(RUN)/check_patches.py
+
+build: ## build for this machine and install in build/venv
+	@$(RUN)/build.py $(DEVICE_OPTION)
+
+wheel: ## only the wheel, in build/wheels; nothing is installed
+	@$(RUN)/build.py --wheel-only $(DEVICE_OPTION)
+
+serve: build ## serve MODEL (default: the needle model) with UniPrefill on
+	@exec $(VENV) scripts/serve.py $(if $(MODEL),--model '$(MODEL)') -- $(ARGS)
+
+demo: build ## one long prompt, dense and pruned: answers, tokens kept, time to first token
+	@exec $(VENV) scripts/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+test: build ## every test of the fork
+	@$(RUN)/build.py --wheel-only --device cuda
+	@exec $(VENV) -m pytest tests $(ARGS)
+
+test-upstream: build ## vLLM's own CPU tests, on the release and on the patched tree; the difference must be empty
+	@exec $(VENV) scripts/upstream_tests.py $(ARGS)
+
+bench: build ## the benchmarks of evals/
+	@exec $(VENV) evals/bench.py $(ARGS)
+
+rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
+	@$(RUN)/rebase_check.py $(if $(TO),--to '$(TO)')
+
+lock: build ## pin the versions that build/venv has now
+	@$(RUN)/lock_environment.py $(DEVICE_OPTION)
+
+clean: ## remove what was built (archives and the user's cache stay)
+	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv
+
+distclean: ## remove build/ entirely
+	@rm -rf build
