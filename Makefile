@@ -57,7 +57,7 @@ bench: build ## the benchmarks of evals/
 	@exec $(VENV) evals/bench.py $(ARGS)
 
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
-	@$(RUN)/rebase_check.py $(if $(TO),--to '$(TO)')
+	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN)/rebase_check.py --to '$(TO)'
 
 lock: build ## pin the versions that build/venv has now
 	@$(RUN)/lock_environment.py $(DEVICE_OPTION)

@@ -82,9 +82,7 @@ def gpu_only(layout: Layout) -> set[str]:
 
 def cpu_base(layout: Layout, library: Path, upstream_version: str, sdist_sha256: str) -> tuple[Path, str]:
     """The wheel of the untouched sdist and the compiled library, packed once."""
-    key = hashlib.sha256(
-        f"{sdist_sha256} {library.name} {sha256_file(library)} {CPU_TAGS}".encode()
-    ).hexdigest()
+    key = hashlib.sha256(f"{sdist_sha256} {library.name} {sha256_file(library)} {CPU_TAGS}".encode()).hexdigest()
     base = layout.build / "cpu" / f"vllm-{upstream_version}-{CPU_TAGS}.whl"
     stamp = layout.build / "cpu" / "base"
     if not (base.is_file() and stamp.is_file() and stamp.read_text() == key):
@@ -101,9 +99,7 @@ def build_wheel(device: str, layout: Layout, jobs: int) -> tuple[Path, str]:
     steps = tree.working_steps(layout)
     stray = tree.unpatched_edits(layout, set(steps.first))
     edited = sorted({p for paths in tree.unrefreshed(layout, steps).values() for p in paths} | set(stray))
-    changes, pristine = wheels.changed_members(
-        layout.pristine, layout.tree, sorted(set(steps.first) | set(stray))
-    )
+    changes, pristine = wheels.changed_members(layout.pristine, layout.tree, sorted(set(steps.first) | set(stray)))
     provenance = {
         "version": f"{version.upstream}-{version.revision}",
         "package": package,

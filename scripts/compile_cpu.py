@@ -105,8 +105,7 @@ def extension_name(flags: frozenset[str]) -> str:
 def check_machine(system: str, machine: str) -> None:
     if (system, machine) != ("Linux", "x86_64"):
         raise ForkError(
-            f"The CPU build is made for Linux on x86-64, and this is {system} on {machine}: "
-            "build on such a machine."
+            f"The CPU build is made for Linux on x86-64, and this is {system} on {machine}: build on such a machine."
         )
 
 

@@ -103,9 +103,7 @@ def sync(wheel: Path, site: Path) -> int | None:
         kept = {
             path: row
             for path, row in old.items()
-            if path.startswith("../")
-            or path.endswith(".pyc")
-            or (path.startswith(f"{info.name}/") and path not in new)
+            if path.startswith("../") or path.endswith(".pyc") or (path.startswith(f"{info.name}/") and path not in new)
         }
         gone = [path for path in old if path not in new and path not in kept]
         fresh = [path for path in new if path != record and (old.get(path) != new[path] or not (site / path).exists())]

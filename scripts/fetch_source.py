@@ -31,8 +31,7 @@ def verify(path: Path, expected: str) -> None:
     found = sha256_file(path)
     if found != expected:
         raise ForkError(
-            f"{path.name}: expected sha256 {expected} (UPSTREAM), found {found}; "
-            f"delete {path} and run `make source`."
+            f"{path.name}: expected sha256 {expected} (UPSTREAM), found {found}; delete {path} and run `make source`."
         )
 
 

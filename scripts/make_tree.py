@@ -79,9 +79,7 @@ def make_tree(layout: Layout, discard: bool = False) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--discard", action="store_true", help="throw away every edit in build/tree and start anew"
-    )
+    parser.add_argument("--discard", action="store_true", help="throw away every edit in build/tree and start anew")
     args = parser.parse_args()
     layout = Layout()
     if not make_tree(layout, args.discard):

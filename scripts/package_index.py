@@ -35,18 +35,12 @@ def parse_pip_config(listing: str) -> dict[str, str]:
 
 
 def pip_config() -> dict[str, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True)
     if done.returncode:
-        raise ForkError(
-            "pip is missing from this Python; install it (Debian: python3-pip, python3-venv)."
-        )
+        raise ForkError("pip is missing from this Python; install it (Debian: python3-pip, python3-venv).")
     config = parse_pip_config(done.stdout)
     if "index-url" not in config:
-        done = subprocess.run(
-            [sys.executable, "-c", _ASK_PIP_FOR_ITS_DEFAULT], capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "-c", _ASK_PIP_FOR_ITS_DEFAULT], capture_output=True, text=True)
         if done.returncode:
             raise ForkError("pip names no default index; set one with PIP_INDEX_URL.")
         config["index-url"] = done.stdout.strip()

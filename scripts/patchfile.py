@@ -98,9 +98,7 @@ def _path_of(line: str, prefix: str, name: str, number: int) -> str:
     if path == "/dev/null":
         return path
     if not path.startswith(prefix) or ".." in Path(path).parts:
-        raise PatchError(
-            f"{name}:{number}: expected a path under {prefix}, found {path!r}; run `make refresh`."
-        )
+        raise PatchError(f"{name}:{number}: expected a path under {prefix}, found {path!r}; run `make refresh`.")
     return path[len(prefix) :]
 
 
@@ -111,9 +109,7 @@ def parse(name: str, text: str) -> Patch:
     i = first
     while i < len(lines):
         if not lines[i].startswith("--- "):
-            raise PatchError(
-                f"{name}:{i + 1}: expected '--- a/…', found {lines[i].rstrip()!r}; run `make refresh`."
-            )
+            raise PatchError(f"{name}:{i + 1}: expected '--- a/…', found {lines[i].rstrip()!r}; run `make refresh`.")
         if i + 1 >= len(lines) or not lines[i + 1].startswith("+++ "):
             raise PatchError(f"{name}:{i + 2}: expected '+++ b/…'; run `make refresh`.")
         old = _path_of(lines[i], "a/", name, i + 1)
@@ -130,9 +126,7 @@ def parse(name: str, text: str) -> Patch:
             raise PatchError(f"{name}:{diff.line}: no hunk for {path}; run `make refresh`.")
         # a hunk that starts at line 0 makes the file, as quilt writes it: without /dev/null
         diff.created = diff.created or (diff.hunks[0].start == 0 and not diff.hunks[0].old_count)
-        diff.deleted = diff.deleted or (
-            diff.hunks[0].new_start == 0 and not diff.hunks[0].new_count
-        )
+        diff.deleted = diff.deleted or (diff.hunks[0].new_start == 0 and not diff.hunks[0].new_count)
         files.append(diff)
     return Patch(name, "".join(lines[:first]), files)
 
@@ -202,9 +196,7 @@ def apply_file(patch: str, diff: FileDiff, before: str | None) -> str | None:
 def find_offset(hunk: Hunk, lines: list[str], start: int) -> int | None:
     """How many lines off the hunk's old text stands, the nearest place; None when nowhere."""
     old = hunk.old
-    places = [
-        at - start for at in range(len(lines) - len(old) + 1) if lines[at : at + len(old)] == old
-    ]
+    places = [at - start for at in range(len(lines) - len(old) + 1) if lines[at : at + len(old)] == old]
     return min(places, key=abs) if places else None
 
 

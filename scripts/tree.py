@@ -36,8 +36,7 @@ def load_series(layout: Layout) -> list[patchfile.Patch]:
         path = layout.patches / name
         if not path.is_file():
             raise ForkError(
-                f"patches/series names {name}, which patches/ does not hold; "
-                "delete the line or bring the file."
+                f"patches/series names {name}, which patches/ does not hold; delete the line or bring the file."
             )
         patches.append(patchfile.parse(name, path.read_text(encoding="utf-8")))
     return patches
@@ -73,9 +72,7 @@ def apply_series(patches: list[patchfile.Patch], pristine: Path, named=lambda na
             if diff.path not in now:
                 now[diff.path] = read_text(pristine / diff.path)
             if diff.path in changes:
-                raise patchfile.PatchError(
-                    f"{patch.name}:{diff.line}: {diff.path} stands twice; run `make refresh`."
-                )
+                raise patchfile.PatchError(f"{patch.name}:{diff.line}: {diff.path} stands twice; run `make refresh`.")
             before = now[diff.path]
             now[diff.path] = patchfile.apply_file(patch.name, diff, before) or None
             changes[diff.path] = (before, now[diff.path])
@@ -106,7 +103,7 @@ def working_steps(layout: Layout) -> Steps:
     return Steps(dict(reversed(steps.items())))
 
 
-def _explains(text: str | None, name: str, changes: dict[str, tuple[str | None, str | None]]) -> set[str]:
+def explains(text: str | None, name: str, changes: dict[str, tuple[str | None, str | None]]) -> set[str]:
     """The paths whose step is what this text of the patch does."""
     if text is None:
         return set()
@@ -131,7 +128,7 @@ def unrefreshed(layout: Layout, steps: Steps) -> dict[str, list[str]]:
     for name, changes in steps.steps.items():
         rest = {path for path, (before, after) in changes.items() if before != after}
         for text in (read_text(layout.patches / name), read_text(layout.applied / name)):
-            rest -= _explains(text, name, changes)
+            rest -= explains(text, name, changes)
         if rest:
             found[name] = sorted(rest)
     return found
@@ -161,9 +158,7 @@ def unpatched_edits(layout: Layout, known: set[str]) -> list[str]:
             continue
         a, b = old.get(path), new.get(path)
         same = a and b and (a.st_size, a.st_mtime_ns) == (b.st_size, b.st_mtime_ns)
-        if not same and not (
-            a and b and filecmp.cmp(layout.pristine / path, layout.tree / path, shallow=False)
-        ):
+        if not same and not (a and b and filecmp.cmp(layout.pristine / path, layout.tree / path, shallow=False)):
             edits.append(path)
     return edits
 

@@ -164,8 +164,7 @@ def rebuild(
             row = old_rows.get(name)
             if row and (before is None or record_hash(before) != row[0]):
                 raise ForkError(
-                    f"{base.name}: {name} is not the sdist's; sdist and wheel in UPSTREAM are "
-                    "not of one release."
+                    f"{base.name}: {name} is not the sdist's; sdist and wheel in UPSTREAM are not of one release."
                 )
         # the commit's file carries the version, so it always changes
         changes = dict(changes)
@@ -185,12 +184,8 @@ def rebuild(
             if info.filename.startswith(old_info) and not info.filename.endswith("RECORD"):
                 metadata[new_info + info.filename.removeprefix(old_info)] = source.read(info)
         text = metadata[new_info + "METADATA"].decode()
-        metadata[new_info + "METADATA"] = rewrite_metadata(
-            text, version, set(drop), list(add or [])
-        ).encode()
-        metadata[new_info + PROVENANCE] = (
-            json.dumps(provenance, indent=2, sort_keys=True) + "\n"
-        ).encode()
+        metadata[new_info + "METADATA"] = rewrite_metadata(text, version, set(drop), list(add or [])).encode()
+        metadata[new_info + PROVENANCE] = (json.dumps(provenance, indent=2, sort_keys=True) + "\n").encode()
         fresh = {name: data for name, data in changes.items() if data is not None} | metadata
         for name in sorted(fresh):
             add_member(out, name, fresh[name])
@@ -217,8 +212,7 @@ def pack_base(pristine: Path, library: Path, version: str, target: Path) -> None
     members[info + "licenses/LICENSE"] = pristine / "LICENSE"
     tag = split_name(target.name)[1]
     members[info + "WHEEL"] = (
-        "Wheel-Version: 1.0\nGenerator: uniprefill-vllm\nRoot-Is-Purelib: false\n"
-        f"Tag: {tag}\n\n"
+        f"Wheel-Version: 1.0\nGenerator: uniprefill-vllm\nRoot-Is-Purelib: false\nTag: {tag}\n\n"
     ).encode()
     rows: dict[str, tuple[str, str]] = {}
     target.parent.mkdir(parents=True, exist_ok=True)
