@@ -1,0 +1,115 @@
+"""In-process engines for the tests, and what they selected."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
+
+MAX_MODEL_LEN = 16_384
+
+
+@contextmanager
+def engine(model: Path, *, uniprefill: dict[str, Any] | None, **arguments: Any) -> Iterator[LLM]:
+    """A vLLM engine in this process, eager, for prompts that fit one step; ended on exit."""
+    settings: dict[str, Any] = {
+        "enforce_eager": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 49_152,
+        "kv_cache_memory_bytes": 1 << 30,
+        "enable_prefix_caching": False,
+        "distributed_executor_backend": "uni",
+        "seed": 0,
+    }
+    llm = LLM(str(model), uniprefill_config=uniprefill, **(settings | arguments))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def scheduler_of(llm: LLM) -> Scheduler:
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def model_runner_of(llm: LLM) -> GPUModelRunner:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def generate(
+    llm: LLM, prompts: Sequence[list[int]], *, max_tokens: int = 1, **arguments: Any
+) -> list[Any]:
+    """Greedy continuations of token-id prompts, with a UniPrefill report each.
+
+    Arguments named `uniprefill*` go with the requests, others into SamplingParams.
+    """
+    extra = {k: v for k, v in arguments.items() if k.startswith("uniprefill")}
+    rest = {k: v for k, v in arguments.items() if k not in extra}
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        extra_args={"uniprefill_report": 1} | extra,
+        **({"temperature": 0} | rest),
+    )
+    return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
+
+
+@dataclass
+class Selections:
+    """What each pruned request kept.
+
+    cuts: request id -> for each cut, the original prompt positions kept.
+    """
+
+    cuts: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def of(self, outputs: Sequence[Any]) -> list[list[list[int]]]:
+        """The cuts of finished requests, in the outputs' order."""
+        return [
+            next(cuts for name, cuts in self.cuts.items() if name.split("-")[0] == output.request_id)
+            for output in outputs
+        ]
+
+
+@contextmanager
+def recorded_selections() -> Iterator[Selections]:
+    """Record the kept sets of every request that is pruned meanwhile, in this process."""
+    selections = Selections()
+    specs_of, select = SegmentRunner._selection_specs, SegmentRunner._select
+    current: list[Any] = []
+
+    def record_batch(self, batch, pruning):
+        current[:] = batch.positions, [request.req_id for request in pruning]
+        return specs_of(self, batch, pruning)
+
+    def record_rows(self, mass, specs, num_rows):
+        rows, kept = select(self, mass, specs, num_rows)
+        positions, req_ids = current
+        for req_id, spec in zip(req_ids, specs):
+            is_prompt = (rows >= spec.row_start) & (rows < spec.row_start + spec.num_prompt)
+            cuts = selections.cuts.setdefault(req_id, [])
+            cuts.append(positions[rows[is_prompt]].tolist())
+        return rows, kept
+
+    SegmentRunner._selection_specs, SegmentRunner._select = record_batch, record_rows
+    try:
+        yield selections
+    finally:
+        SegmentRunner._selection_specs, SegmentRunner._select = specs_of, select

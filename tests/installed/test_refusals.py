@@ -1,0 +1,135 @@
+"""Bad settings and unsupported combinations end the start-up with a sentence that names them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from engines import engine
+from oracle.checkpoints import make_checkpoint
+from vllm.engine.arg_utils import EngineArgs
+
+FLAG = "--uniprefill-config"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_checkpoint(
+        tmp_path_factory.mktemp("llama"), "llama", layers=4, hidden=64, heads=4, kv_heads=1
+    )
+
+
+def configure(model, uniprefill, **arguments):
+    settings = {"max_model_len": 4096, "max_num_batched_tokens": 8192, "max_num_seqs": 16}
+    return EngineArgs(
+        model=str(model), uniprefill_config=uniprefill, **(settings | arguments)
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [
+        ({"topp": 0.9}, "topp"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"top_p": "much"}, "top_p"),
+        ({"keep_ratio": 0}, "keep_ratio"),
+        ({"keep_ratio": 1.1}, "keep_ratio"),
+        ({"top_p": 0.9, "keep_ratio": 0.3}, "keep_ratio"),
+        ({"top_p_over": "some"}, "top_p_over"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": -64}, "block_size"),
+        ({"num_queries": 0}, "num_queries"),
+        ({"num_queries": 129}, "recent_tokens"),
+        ({"sink_tokens": -1}, "sink_tokens"),
+        ({"recent_tokens": 0}, "recent_tokens"),
+        ({"min_prompt_tokens": -5}, "min_prompt_tokens"),
+        ({"enabled": "maybe"}, "enabled"),
+        ({"selection_layers": []}, "selection_layers"),
+        ({"selection_layers": [-1]}, "selection_layers"),
+        ({"selection_layers": [1, 99]}, "99"),
+        ({"selection_layers": [3]}, "last one"),
+        ({"selection_layers": "some"}, "selection_layers"),
+        ({"min_prompt_tokens": 9000}, "--max-num-batched-tokens"),
+    ],
+    ids=str,
+)
+def test_bad_setting(model, setting, names) -> None:
+    with pytest.raises(ValueError) as error:
+        configure(model, setting)
+    message = str(error.value)
+    assert FLAG in message and names in message, message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context-parallel"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+    ],
+    ids=str,
+)
+def test_unsupported_combination(model, arguments, names) -> None:
+    if kv := arguments.get("kv_transfer_config"):
+        from vllm.config import KVTransferConfig
+
+        arguments = {"kv_transfer_config": KVTransferConfig(**kv)}
+    with pytest.raises(ValueError) as error:
+        configure(model, {}, **arguments)
+    assert FLAG in str(error.value) and names in str(error.value), str(error.value)
+
+
+def test_draft_model_speculation(model) -> None:
+    spec = {"method": "draft_model", "model": str(model), "num_speculative_tokens": 2}
+    with pytest.raises(ValueError, match=f"{FLAG} does not work with speculative method"):
+        configure(model, {}, speculative_config=spec)
+
+
+def test_ngram_speculation_is_allowed(model) -> None:
+    spec = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    assert configure(model, {}, speculative_config=spec).uniprefill_config is not None
+
+
+def test_old_model_runner(model, monkeypatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        configure(model, {})
+
+
+def test_sliding_window_model(tmp_path) -> None:
+    import json
+
+    path = make_checkpoint(tmp_path / "m", "mistral", layers=4, hidden=64, heads=2)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
+    with pytest.raises(ValueError, match="sliding"):
+        configure(path, {})
+
+
+def test_defaults_resolve(model) -> None:
+    config = configure(model, {}).uniprefill_config
+    assert config.top_p == 0.99 and config.keep_ratio is None and config.enabled
+    assert config.selection_layers == [1]
+
+
+def test_absent_flag_leaves_no_config(model) -> None:
+    assert configure(model, None).uniprefill_config is None
+
+
+def test_not_an_object(model) -> None:
+    with pytest.raises(ValueError, match=FLAG):
+        configure(model, [1])
+
+
+def test_engine_refuses_at_start(model) -> None:
+    """The refusal reaches the one who starts an engine."""
+    with pytest.raises(ValueError, match="num_queries"), engine(model, uniprefill={"num_queries": 999}):
+        pass
