@@ -63,7 +63,9 @@ lock: build ## pin the versions that build/venv has now
 	@$(RUN)/lock_environment.py $(DEVICE_OPTION)
 
 clean: ## remove what was built (archives and the user's cache stay)
+	@$(RUN)/make_tree.py --refuse-edits
 	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv
 
 distclean: ## remove build/ entirely
+	@$(RUN)/make_tree.py --refuse-edits
 	@rm -rf build

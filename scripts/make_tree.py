@@ -77,11 +77,27 @@ def make_tree(layout: Layout, discard: bool = False) -> bool:
     return True
 
 
+def edits(layout: Layout) -> list[str]:
+    """Every file of the tree whose content no patch accounts for."""
+    if not (layout.tree / ".pc").is_dir() or not layout.pristine.is_dir():
+        return []
+    steps = tree.working_steps(layout)
+    owned = {path for paths in tree.unrefreshed(layout, steps).values() for path in paths}
+    return sorted(owned | set(tree.unpatched_edits(layout, set(steps.first))))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--discard", action="store_true", help="throw away every edit in build/tree and start anew")
+    parser.add_argument(
+        "--refuse-edits", action="store_true", help="do nothing, but fail where an edit would be lost with the tree"
+    )
     args = parser.parse_args()
     layout = Layout()
+    if args.refuse_edits:
+        if found := edits(layout):
+            raise ForkError(f"build/tree holds edits that no patch has: {', '.join(found)}; {_KEEP}.")
+        return 0
     if not make_tree(layout, args.discard):
         edits = tree.unrefreshed(layout, tree.working_steps(layout))
         held = f"; edited, not yet refreshed: {sum(map(len, edits.values()))} file(s)" if edits else ""
