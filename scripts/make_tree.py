@@ -77,7 +77,7 @@ def make_tree(layout: Layout, discard: bool = False) -> bool:
     return True
 
 
-def edits(layout: Layout) -> list[str]:
+def unsaved_edits(layout: Layout) -> list[str]:
     """Every file of the tree whose content no patch accounts for."""
     if not (layout.tree / ".pc").is_dir() or not layout.pristine.is_dir():
         return []
@@ -95,7 +95,7 @@ def main() -> int:
     args = parser.parse_args()
     layout = Layout()
     if args.refuse_edits:
-        if found := edits(layout):
+        if found := unsaved_edits(layout):
             raise ForkError(f"build/tree holds edits that no patch has: {', '.join(found)}; {_KEEP}.")
         return 0
     if not make_tree(layout, args.discard):

@@ -103,16 +103,16 @@ def test_discard_starts_anew(toy):
 
 
 def test_edits_lists_what_clean_would_lose(toy):
-    assert make_tree.edits(toy) == []
+    assert make_tree.unsaved_edits(toy) == []
     make_tree.make_tree(toy)
-    assert make_tree.edits(toy) == []
+    assert make_tree.unsaved_edits(toy) == []
     (toy.tree / "vllm/helper.py").write_text("x\n")
     (toy.tree / "vllm/fresh.py").write_text("x\n")
     (toy.tree / "vllm/__pycache__").mkdir()
     (toy.tree / "vllm/__pycache__/core.pyc").touch()
-    assert make_tree.edits(toy) == ["vllm/fresh.py", "vllm/helper.py"]
+    assert make_tree.unsaved_edits(toy) == ["vllm/fresh.py", "vllm/helper.py"]
     make_tree.make_tree(toy, discard=True)
-    assert make_tree.edits(toy) == []
+    assert make_tree.unsaved_edits(toy) == []
 
 
 def test_refresh_of_an_unedited_tree_changes_no_patch(toy):
