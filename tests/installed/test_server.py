@@ -1,0 +1,232 @@
+"""The served API: pruned answers, reports, HTTP 400 for bad arguments, and a server that goes on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evals.needle.prompts import is_correct, make_prompt
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from serve import server, wait_until_ready  # noqa: E402
+
+NUM_TOKENS = 4096
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    command += [str(ROOT / "evals" / "needle" / "model"), "--served-model-name", "needle"]
+    command += ["--uniprefill-config", '{"top_p": 0.99}', "--enforce-eager", "--port", str(port)]
+    command += ["--max-model-len", "8192", "--max-num-batched-tokens", "8448"]
+    command += ["--kv-cache-memory-bytes", "256M", "--max-num-seqs", "16"]
+    command += ["--distributed-executor-backend", "uni", "--chat-template", TEMPLATE]
+    with log.open("wb") as stream, server(command, stream.fileno()) as process:
+        address = f"http://127.0.0.1:{port}"
+        try:
+            wait_until_ready(process, address, 300)
+        except Exception as error:
+            raise AssertionError(log.read_text()[-3000:]) from error
+        yield address
+
+
+def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """Status and JSON, or the list of a stream's chunks."""
+    request = urllib.request.Request(
+        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=300) as response:
+            text = response.read().decode()
+            status = response.status
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    if body.get("stream"):
+        events = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+        return status, [json.loads(event) for event in events if event != "[DONE]"]
+    return status, json.loads(text)
+
+
+def complete(url: str, prompt: str, xargs: dict | None = None, **body) -> tuple[int, Any]:
+    body = {"model": "needle", "prompt": prompt, "max_tokens": 4, "temperature": 0} | body
+    if xargs is not None:
+        body["vllm_xargs"] = xargs
+    return post(url, "/v1/completions", body)
+
+
+@pytest.fixture(scope="module")
+def prompt():
+    return make_prompt("multikey", NUM_TOKENS, seed=1)
+
+
+def test_pruned_answer_with_report(url, prompt) -> None:
+    status, response = complete(url, prompt.text, {"uniprefill_report": 1})
+    assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
+    report = response["uniprefill"]
+    assert (report["outcome"], report["reason"]) == ("pruned", None)
+    assert report["prompt_tokens"] == NUM_TOKENS == response["usage"]["prompt_tokens"]
+    segments = report["segments"]
+    assert segments[0]["layers"][0] == 0 and segments[-1]["layers"][1] == 7
+    assert [s["tokens_in"] for s in segments[1:]] == [s["tokens_kept"] for s in segments[:-1]]
+    assert segments[-1]["tokens_kept"] < NUM_TOKENS / 2
+
+
+def test_dense_by_request(url, prompt) -> None:
+    status, response = complete(url, prompt.text, {"uniprefill": 0, "uniprefill_report": 1})
+    assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
+    report = response["uniprefill"]
+    assert (report["outcome"], report["reason"]) == ("dense", "disabled")
+    assert {s["tokens_kept"] for s in report["segments"]} == {NUM_TOKENS}
+
+
+def test_no_report_unless_asked(url, prompt) -> None:
+    _, response = complete(url, prompt.text)
+    assert "uniprefill" not in response
+
+
+def test_per_request_share(url, prompt) -> None:
+    def kept(**xargs) -> list[int]:
+        _, response = complete(url, prompt.text, {"uniprefill_report": 1, **xargs})
+        return [s["tokens_kept"] for s in response["uniprefill"]["segments"]]
+
+    assert kept(uniprefill_top_p=1.0) == [NUM_TOKENS] * len(kept())
+    assert kept(uniprefill_keep_ratio=0.5)[0] == NUM_TOKENS // 2
+    assert kept(uniprefill_keep_ratio=1) == [NUM_TOKENS] * len(kept())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_stream_reports_on_its_last_chunk(url, prompt, path) -> None:
+    body: dict[str, Any] = {"model": "needle", "max_tokens": 4, "temperature": 0, "stream": True}
+    if "chat" in path:
+        body["messages"] = [{"role": "user", "content": prompt.text}]
+    else:
+        body["prompt"] = prompt.text
+    status, chunks = post(url, path, body | {"vllm_xargs": {"uniprefill_report": 1}})
+    assert status == 200
+    with_report = [chunk for chunk in chunks if "uniprefill" in chunk]
+    assert len(with_report) == 1
+    assert with_report[0]["choices"][0]["finish_reason"] is not None
+    assert with_report[0]["uniprefill"]["outcome"] == "pruned"
+    _, silent = post(url, path, body)
+    assert not [chunk for chunk in silent if "uniprefill" in chunk]
+
+
+def test_chat_report(url, prompt) -> None:
+    messages = [{"role": "user", "content": prompt.text}]
+    body = {"model": "needle", "messages": messages, "max_tokens": 4, "temperature": 0}
+    _, silent = post(url, "/v1/chat/completions", body)
+    assert "uniprefill" not in silent
+    body["vllm_xargs"] = {"uniprefill_report": 1}
+    status, response = post(url, "/v1/chat/completions", body)
+    assert status == 200 and is_correct(prompt, response["choices"][0]["message"]["content"])
+    assert response["uniprefill"]["outcome"] == "pruned"
+
+
+@pytest.mark.parametrize(
+    ("xargs", "name"),
+    [
+        ({"uniprefill_top_p": 0}, "uniprefill_top_p"),
+        ({"uniprefill_top_p": 1.5}, "uniprefill_top_p"),
+        ({"uniprefill_top_p": -0.1}, "uniprefill_top_p"),
+        ({"uniprefill_top_p": "0.9"}, "uniprefill_top_p"),
+        ({"uniprefill_top_p": [0.9]}, "uniprefill_top_p"),
+        ({"uniprefill_keep_ratio": 0}, "uniprefill_keep_ratio"),
+        ({"uniprefill_keep_ratio": "half"}, "uniprefill_keep_ratio"),
+        ({"uniprefill_keep_ratio": 0.5, "uniprefill_top_p": 0.9}, "uniprefill_keep_ratio"),
+        ({"uniprefill": 2}, "uniprefill"),
+        ({"uniprefill": "yes"}, "uniprefill"),
+        ({"uniprefill_report": 0.5}, "uniprefill_report"),
+        ({"uniprefill_topp": 0.9}, "uniprefill_topp"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_bad_argument_is_http_400(url, path, xargs, name) -> None:
+    body: dict[str, Any] = {"model": "needle", "max_tokens": 2, "vllm_xargs": xargs}
+    if "chat" in path:
+        body["messages"] = [{"role": "user", "content": "what is k1 ?"}]
+    else:
+        body["prompt"] = "what is k1 ?"
+    status, response = post(url, path, body)
+    assert status == 400, response
+    assert name in response["error"]["message"]
+    status, _ = complete(url, "what is k1 ?")
+    assert status == 200, "the server must go on"
+
+
+def test_nan_is_http_400(url) -> None:
+    """Python's JSON lets NaN through; the check must not."""
+    status, response = complete(url, "what is k1 ?", {"uniprefill_top_p": float("nan")})
+    assert status == 400, response
+
+
+def test_many_at_once(url) -> None:
+    """Short, long, dense and pruned requests side by side get their own answers."""
+    prompts = [make_prompt("multikey", (512, 2048, 6000)[i % 3], seed=100 + i) for i in range(12)]
+
+    def ask(i: int) -> tuple[str, dict]:
+        xargs = {"uniprefill_report": 1, **({"uniprefill": 0} if i % 4 == 3 else {})}
+        status, response = complete(url, prompts[i].text, xargs)
+        assert status == 200
+        return response["choices"][0]["text"], response["uniprefill"]
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    for i, (text, report) in enumerate(answers):
+        assert is_correct(prompts[i], text), f"request {i}"
+        expected = "disabled" if i % 4 == 3 else "short_prompt" if i % 3 == 0 else None
+        assert report["reason"] == expected
+        assert report["prompt_tokens"] == prompts[i].num_tokens
+
+
+def test_client_that_leaves_frees_its_request(url, prompt) -> None:
+    """An aborted request leaves the server answering, with nothing running."""
+    body = {"model": "needle", "prompt": prompt.text, "max_tokens": 2000, "ignore_eos": True}
+    with pytest.raises(TimeoutError):
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(request, timeout=2).read()
+    status, response = complete(url, prompt.text)
+    assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
+    metrics = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    running = [x for x in metrics.splitlines() if x.startswith("vllm:num_requests_running")]
+    assert running and all(float(line.split()[-1]) == 0 for line in running)
+
+
+def test_server_without_the_flag_refuses_the_arguments(tmp_path) -> None:
+    """A client that asks for pruning on a stock-like server learns that it gets none."""
+    code = (
+        "import os; os.environ['VLLM_ENABLE_V1_MULTIPROCESSING'] = '0'\n"
+        "import vllm, sys\n"
+        "llm = vllm.LLM(sys.argv[1], enforce_eager=True, max_model_len=2048, "
+        "kv_cache_memory_bytes=1 << 26, distributed_executor_backend='uni')\n"
+        "try: llm.generate('what is k1 ?', vllm.SamplingParams(extra_args={'uniprefill': 1}))\n"
+        "except Exception as e: print('REFUSED', type(e).__name__, e)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "evals" / "needle" / "model")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "REFUSED VLLMValidationError" in done.stdout, done.stderr[-2000:]
+    assert "--uniprefill-config" in done.stdout
