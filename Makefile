@@ -54,7 +54,7 @@ test-upstream: build ## vLLM's own CPU tests, on the release and on the patched 
 	@exec $(VENV) scripts/upstream_tests.py $(ARGS)
 
 bench: build ## the benchmarks of evals/
-	@exec $(VENV) evals/bench.py $(ARGS)
+	@exec $(VENV) -m evals.bench $(ARGS)
 
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
 	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN)/rebase_check.py --to '$(TO)'
