@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import platform
 import re
 import subprocess
 from collections.abc import Iterator
@@ -139,6 +140,11 @@ def build_wheel(device: str, layout: Layout, jobs: int) -> tuple[Path, str]:
 
 
 def build(layout: Layout, device: str, jobs: int, wheel_only: bool = False) -> Path:
+    environment.check_python()
+    if device == "cpu":
+        compile_cpu.prerequisites()  # before minutes of downloads
+    else:
+        compile_cpu.check_machine(platform.system(), platform.machine())
     ensure_source(layout, read_upstream(layout.root / "UPSTREAM"), wheel=device == "cuda")
     make_tree.make_tree(layout)
     if not wheel_only or device == "cpu":  # the CPU backend is compiled against its torch

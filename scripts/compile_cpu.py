@@ -218,13 +218,16 @@ def prune(folder: Path, keep: set[Path], days: float = 30) -> None:
             path.unlink(missing_ok=True)
 
 
-def build_extension(layout: Layout, jobs: int, cache: Path | None = None) -> Path:
-    """The compiled library in build/cpu/, named as vLLM imports it here."""
+def prerequisites() -> tuple[Isa, str, str, str, str]:
+    """Instruction set, extension's name, compiler, its version, Python's headers; or what to install."""
     check_machine(platform.system(), platform.machine())
     found = cpu_flags(Path("/proc/cpuinfo").read_text())
-    isa, name = choose_isa(found), extension_name(found)
-    compiler, compiler_version = find_compiler()
-    include = python_include()
+    return choose_isa(found), extension_name(found), *find_compiler(), python_include()
+
+
+def build_extension(layout: Layout, jobs: int, cache: Path | None = None) -> Path:
+    """The compiled library in build/cpu/, named as vLLM imports it here."""
+    isa, name, compiler, compiler_version, include = prerequisites()
     torch = find_torch(layout.python)
 
     work = layout.build / "cpu"

@@ -21,6 +21,16 @@ def test_an_unknown_device_is_refused():
         build.choose_device("tpu", False)
 
 
+def test_what_is_missing_is_said_before_anything_is_fetched(toy, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    for archive in toy.archives.iterdir():
+        archive.unlink()
+    with pytest.raises(fork.ForkError, match="No C.. compiler"):
+        build.build(toy, "cpu", 1)
+    assert not toy.venv.exists() and not list(toy.archives.iterdir())
+
+
 @pytest.mark.parametrize("version, good", [((3, 10), False), ((3, 11), True), ((3, 14), True), ((3, 15), False)])
 def test_python_version(version, good):
     if good:
