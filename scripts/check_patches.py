@@ -211,6 +211,64 @@ def check_python(layout: Layout, steps: tree.Steps, ruff: str | None) -> list[st
     return problems
 
 
+def module_names(text: str) -> set[str] | None:
+    """What a module defines at its top level; None when a star import hides it."""
+    names: set[str] = set()
+    pending: list[ast.AST] = list(ast.parse(text).body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            if any(alias.name == "*" for alias in node.names):
+                return None
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        pending += ast.iter_child_nodes(node)
+    return None if "__getattr__" in names else names
+
+
+def check_prefixes(layout: Layout, steps: tree.Steps) -> list[str]:
+    """After each patch, what the patched files import from vLLM is there: every prefix imports."""
+    problems: list[str] = []
+    state: dict[str, str | None] = {}
+
+    def find(module: str) -> str | None:
+        stem = module.replace(".", "/")
+        for path in (f"{stem}.py", f"{stem}/__init__.py"):
+            if state.get(path) or (path not in state and (layout.pristine / path).is_file()):
+                return path
+        return None
+
+    def is_package(module: str) -> bool:
+        folder = module.replace(".", "/")
+        return (layout.pristine / folder).is_dir() or any(p.startswith(f"{folder}/") and t for p, t in state.items())
+
+    for name, changes in steps.steps.items():
+        state |= {path: after for path, (_, after) in changes.items()}
+        sources = {p: t for p, t in state.items() if t and p.endswith(".py")}
+        defined = {path: module_names(text) for path, text in sources.items()}
+        for path, text in sources.items():
+            for node in ast.walk(ast.parse(text)):
+                if not isinstance(node, ast.ImportFrom) or node.level or not (node.module or "").startswith("vllm"):
+                    continue
+                target = find(node.module)
+                if target is None and not is_package(node.module):
+                    if not (layout.pristine / path).is_file() or path in changes:
+                        problems.append(f"{name}: {path}:{node.lineno}: no module {node.module} after this patch.")
+                    continue
+                known = defined.get(target)
+                for alias in node.names if known is not None else ():
+                    if alias.name not in known and find(f"{node.module}.{alias.name}") is None:
+                        problems.append(
+                            f"{name}: {path}:{node.lineno}: {node.module} has no {alias.name} after this patch; "
+                            "move the hunk to the patch that adds it, or reorder patches/series."
+                        )
+    return list(dict.fromkeys(problems))
+
+
 def check(layout: Layout) -> list[str]:
     upstream = read_upstream(layout.root / "UPSTREAM")
     version = read_version(layout.root / "VERSION")
@@ -242,7 +300,8 @@ def check(layout: Layout) -> list[str]:
         return [*problems, f"{error} Mend: `make tree` and see CONTRIBUTING.md, or `make rebase-check`."]
     for patch in patches:
         problems += check_refresh(patch, texts[patch.name], steps)
-    problems += check_python(layout, steps, find_ruff(layout))
+    python = check_python(layout, steps, find_ruff(layout))
+    problems += python or check_prefixes(layout, steps)
     table = layout.patches / "README.md"
     if not table.is_file() or table.read_text() != patch_table.render(layout):
         problems.append("patches/README.md is out of date; `make refresh`.")

@@ -151,6 +151,29 @@ def test_patched_python_passes_ruff_with_the_releases_settings(good):
     assert any(p.startswith(f"{SECOND}: ruff format: vllm/helper.py") for p in problems)
 
 
+IMPORTS = "+from vllm.helper import help\n+\n"
+
+
+def test_a_patch_may_not_import_what_a_later_one_adds(good):
+    """core-raise-answer would use the helper of worker-add-helper: that prefix does not import."""
+    rewrite(good, FIRST, "@@ -6,4 +6,4 @@\n", "@@ -6,4 +6,6 @@\n")
+    rewrite(good, FIRST, "-answer = 41\n+answer = 42\n", f"-answer = 41\n{IMPORTS}+answer = help()\n")
+    steps = tree.apply_series(tree.load_series(good), good.pristine)
+    found = check_patches.check_prefixes(good, steps)
+    assert found == [f"{FIRST}: vllm/core.py:9: no module vllm.helper after this patch."]
+
+
+def test_a_patch_may_import_what_an_earlier_one_adds_and_only_that(good):
+    text = patch_text(SECOND)
+    body = "--- /dev/null\n+++ b/vllm/use.py\n@@ -0,0 +1,3 @@\n+from vllm.helper import {}\n+\n+print({})\n"
+    for name, expected in (("help", []), ("lost", ["vllm.helper has no lost after this patch"])):
+        (good.patches / SECOND).write_text(text + body.format(name, name))
+        steps = tree.apply_series(tree.load_series(good), good.pristine)
+        found = check_patches.check_prefixes(good, steps)
+        assert len(found) == len(expected)
+        assert all(said in problem for said, problem in zip(expected, found, strict=True))
+
+
 def test_without_ruff_it_says_so(good):
     steps = tree.apply_series(tree.load_series(good), good.pristine)
     assert check_patches.check_python(good, steps, None) == [
