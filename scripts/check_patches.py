@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import datetime
+import functools
 import re
 import shutil
 import subprocess
@@ -211,6 +212,14 @@ def check_python(layout: Layout, steps: tree.Steps, ruff: str | None) -> list[st
     return problems
 
 
+@functools.cache
+def vllm_imports(text: str) -> list[ast.ImportFrom]:
+    """The `from vllm… import …` statements of a module, wherever they stand."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom) and not node.level]
+    return [node for node in nodes if (node.module or "").split(".")[0] == "vllm"]
+
+
+@functools.cache
 def module_names(text: str) -> set[str] | None:
     """What a module defines at its top level; None when a star import hides it."""
     names: set[str] = set()
@@ -251,9 +260,7 @@ def check_prefixes(layout: Layout, steps: tree.Steps) -> list[str]:
         sources = {p: t for p, t in state.items() if t and p.endswith(".py")}
         defined = {path: module_names(text) for path, text in sources.items()}
         for path, text in sources.items():
-            for node in ast.walk(ast.parse(text)):
-                if not isinstance(node, ast.ImportFrom) or node.level or not (node.module or "").startswith("vllm"):
-                    continue
+            for node in vllm_imports(text):
                 target = find(node.module)
                 if target is None and not is_package(node.module):
                     if not (layout.pristine / path).is_file() or path in changes:
