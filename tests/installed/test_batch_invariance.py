@@ -78,7 +78,7 @@ def test_same_next_to_running_decodes(llm, prompts, alone) -> None:
     with recorded_selections() as selections:
         for i, prompt in enumerate(prompts):
             outputs.append(finish_one(llm, f"{i}", prompt))
-    llm.llm_engine.abort_request(running)
+    llm.llm_engine.abort_request(running, internal=True)
     assert_same(outputs, selections, alone)
 
 
@@ -118,6 +118,6 @@ def test_mixed_step_holds_all_kinds_of_rows(llm, prompts) -> None:
         engine_.step()
     finally:
         del state.run_model
-        engine_.abort_request(names)
+        engine_.abort_request(names, internal=True)
     assert batches[-1][0]
     assert sorted(batches[-1][1]) == sorted([1, LENGTHS[1], LENGTHS[3], LENGTHS[2]])

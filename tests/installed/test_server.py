@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -193,6 +194,41 @@ def test_many_at_once(url) -> None:
         expected = "disabled" if i % 4 == 3 else "short_prompt" if i % 3 == 0 else None
         assert report["reason"] == expected
         assert report["prompt_tokens"] == prompts[i].num_tokens
+
+
+def metrics_of(url: str) -> dict[str, float]:
+    """UniPrefill's samples by name and labels other than model and engine."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    samples: dict[str, float] = {}
+    for line in text.splitlines():
+        if line.startswith("vllm:uniprefill"):
+            name, value = line.rsplit(" ", 1)
+            labels = re.findall(r'(outcome|reason|segment|le)="([^"]*)"', name)
+            key = name.split("{")[0].removeprefix("vllm:uniprefill_")
+            samples[" ".join([key, *(f"{k}={v}" for k, v in labels)])] = float(value)
+    return samples
+
+
+def test_metrics_count_what_the_reports_say(url, prompt) -> None:
+    before = metrics_of(url)
+    reports = []
+    for body in ({}, {"uniprefill_keep_ratio": 0.5}, {"uniprefill": 0}):
+        _, response = complete(url, prompt.text, {"uniprefill_report": 1} | body)
+        reports.append(response["uniprefill"])
+    complete(url, "what is k1 ?")
+    after = metrics_of(url)
+
+    def counted(key: str) -> float:
+        return after[key] - before.get(key, 0)
+
+    assert counted("requests_total outcome=pruned reason=") == 2
+    assert counted("requests_total outcome=dense reason=disabled") == 1
+    assert counted("requests_total outcome=dense reason=short_prompt") == 1
+    assert counted("prompt_tokens_total") == 2 * NUM_TOKENS
+    assert counted("keep_ratio_count") == 2
+    for segment in range(1, len(reports[0]["segments"])):
+        entered = sum(report["segments"][segment]["tokens_in"] for report in reports[:2])
+        assert counted(f"kept_tokens_total segment={segment}") == entered
 
 
 def test_client_that_leaves_frees_its_request(url, prompt) -> None:

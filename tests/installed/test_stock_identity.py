@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fork import Layout
 from oracle.checkpoints import make_checkpoint
-from stock_release import stock_release
+from upstream_tests import make_release
 
 HERE = Path(__file__).parent
 
@@ -22,10 +23,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def outputs(model: Path, path: Path, *, python_path: Path | None = None, **engine_args) -> dict:
-    environment = dict(os.environ)
-    environment.pop("PYTHONPATH", None) if python_path else None
-    if python_path:
-        environment["PYTHONPATH"] = str(python_path)
+    environment = os.environ | ({"PYTHONPATH": str(python_path)} if python_path else {})
     command = [sys.executable, str(HERE / "stock_outputs.py"), str(model), str(path)]
     command += ["--engine-args", json.dumps(engine_args)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -36,7 +34,7 @@ def outputs(model: Path, path: Path, *, python_path: Path | None = None, **engin
 @pytest.fixture(scope="module")
 def stock(model, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("stock")
-    release = stock_release(folder / "tree")
+    release = make_release(Layout(), folder)
     found = outputs(model, folder / "stock.json", python_path=release)
     assert Path(found["file"]).is_relative_to(release), "the release itself must have run"
     assert not (release / "vllm" / "v1" / "uniprefill").exists()
