@@ -31,8 +31,8 @@ NEEDLE_OPTIONS = {
     "--max-num-batched-tokens": "33024",
     "--max-num-seqs": "16",
 }
-# a tiny model wants neither compilation nor much memory nor a process of its own for the worker
-NEEDLE_CPU_OPTIONS = {"--kv-cache-memory-bytes": "1G", "--distributed-executor-backend": "uni"}
+# a tiny model wants neither compilation nor much memory
+NEEDLE_CPU_OPTIONS = {"--kv-cache-memory-bytes": "1G"}
 
 
 def has_option(arguments: Sequence[str], option: str) -> bool:
@@ -88,15 +88,16 @@ def server(command: Sequence[str], output: int | None = None) -> Iterator[subpro
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # SIGINT too: a shell starts what it runs in the background with SIGINT ignored
+    stops = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in stops}
     process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     try:
         yield process
     finally:
-        for number in (signal.SIGINT, *before):
+        for number in stops:
             signal.signal(number, signal.SIG_IGN)  # the clean-up must come to its end
         stop_session(process)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number, handler in before.items():
             signal.signal(number, handler)
 

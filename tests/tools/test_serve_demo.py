@@ -153,7 +153,8 @@ def test_nothing_is_left_of_a_stubborn_server(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_program_stops_its_server(tmp_path, number):
+@pytest.mark.parametrize("background", [False, True])
+def test_an_interrupted_program_stops_its_server(tmp_path, number, background):
     program = tmp_path / "program.py"
     pids_file = tmp_path / "pids"
     program.write_text(
@@ -168,7 +169,11 @@ def main():
 fork.run_main(main)
 """
     )
-    process = subprocess.Popen([sys.executable, program], stderr=subprocess.PIPE, text=True)
+
+    def as_a_shell_does() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.SIG_DFL)
+
+    process = subprocess.Popen([sys.executable, program], stderr=subprocess.PIPE, text=True, preexec_fn=as_a_shell_does)
     pids = wait_for_pids(pids_file)
     os.kill(process.pid, number)
     assert process.wait(30) == 130
