@@ -1,0 +1,280 @@
+"""core-add-uniprefill-config.patch: the flag, its checks, and how a model is cut into segments."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vllm.config import UniPrefillConfig
+from vllm.config.compilation import CompilationMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.uniprefill.segments import (
+    SegmentPlan,
+    auto_selection_layers,
+    find_bounded_model,
+    layer_kinds,
+    resolve_selection_layers,
+    segment_of_layer_name,
+)
+
+FULL, SLIDING, LINEAR = "full", "sliding", "linear"
+
+
+def hf_model(*kinds: str, layers: int | None = None, window: int | None = None) -> SimpleNamespace:
+    """What the layer rules read of a ModelConfig: layer types, or only a number of layers."""
+    text_config = SimpleNamespace(layer_types=list(kinds)) if kinds else SimpleNamespace()
+    return SimpleNamespace(
+        hf_text_config=text_config,
+        get_total_num_hidden_layers=lambda: len(kinds) or layers,
+        get_sliding_window=lambda: window,
+    )
+
+
+# --- the config alone ------------------------------------------------------------------
+
+
+def test_defaults_are_the_published_ones() -> None:
+    config = UniPrefillConfig()
+    assert (config.selection_layers, config.top_p, config.keep_ratio) == ("auto", 0.99, None)
+    assert (config.top_p_over, config.block_size, config.num_queries) == ("all", 64, 128)
+    assert (config.sink_tokens, config.recent_tokens) == (128, 128)
+    assert (config.min_prompt_tokens, config.enabled) == (1024, True)
+
+
+def test_keep_ratio_takes_the_place_of_the_default_top_p() -> None:
+    config = UniPrefillConfig(keep_ratio=0.5)
+    assert (config.top_p, config.keep_ratio) == (None, 0.5)
+
+
+def test_selection_layers_are_sorted_and_unique() -> None:
+    assert UniPrefillConfig(selection_layers=[5, 1, 5, 3]).selection_layers == [1, 3, 5]
+
+
+@pytest.mark.parametrize("share", [1, 0.001])
+def test_shares_up_to_one_are_taken(share: float) -> None:
+    assert UniPrefillConfig(top_p=share).top_p == share
+    assert UniPrefillConfig(keep_ratio=share).keep_ratio == share
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"keep_ratio": 0}, "keep_ratio"),
+        ({"top_p": 0.9, "keep_ratio": 0.9}, "exclude each other"),
+        ({"num_queries": 200}, "recent_tokens (128)"),
+        ({"recent_tokens": 100}, "num_queries (128)"),
+        ({"selection_layers": []}, "selection_layers is empty"),
+        ({"selection_layers": [3, -1]}, "negative"),
+        ({"selection_layers": "some"}, "selection_layers"),
+        ({"top_p_over": "none"}, "top_p_over"),
+        ({"top_q": 0.9}, "top_q"),
+    ],
+    ids=str,
+)
+def test_bad_values_from_the_flag_are_one_sentence_that_names_them(
+    values: dict, named: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        UniPrefillConfig.from_cli(values)
+    message = str(error.value)
+    assert message.startswith("--uniprefill-config: ") and named in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("values", [0.99, [1, 2]], ids=str)
+def test_the_flag_takes_an_object_only(values: object) -> None:
+    with pytest.raises(ValueError, match="--uniprefill-config takes a JSON object"):
+        UniPrefillConfig.from_cli(values)
+
+
+# --- layers ----------------------------------------------------------------------------
+
+
+def test_auto_reproduces_the_published_layers() -> None:
+    """Llama-3.1-8B, Qwen3-Next and Gemma-3-12B."""
+    assert auto_selection_layers([FULL] * 32) == [7, 11, 15, 19, 23, 27]
+    assert auto_selection_layers([LINEAR, LINEAR, LINEAR, FULL] * 12) == list(range(7, 44, 4))
+    assert auto_selection_layers([*[SLIDING] * 5, FULL] * 8) == [29, 35, 41]
+
+
+@given(st.integers(3, 130))
+def test_auto_cuts_where_layers_follow(num_layers: int) -> None:
+    """Ascending, not after layer 0, two layers or more apart, and never after the last."""
+    layers = auto_selection_layers([FULL] * num_layers)
+    assert layers and layers[0] >= 1 and layers[-1] < num_layers - 1
+    assert all(b - a >= 2 for a, b in zip(layers, layers[1:]))
+
+
+def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
+    types = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
+    assert layer_kinds(hf_model(*types)) == [FULL, SLIDING, SLIDING, LINEAR]
+    assert layer_kinds(hf_model(layers=2)) == [FULL, FULL]
+    assert layer_kinds(hf_model(layers=2, window=512)) == [SLIDING, SLIDING]
+
+
+def test_selection_layers_are_taken_as_configured_or_chosen() -> None:
+    assert resolve_selection_layers([0, 6], hf_model(layers=8)) == [0, 6]
+    assert resolve_selection_layers("auto", hf_model(layers=8)) == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("layers", "model", "named"),
+    [
+        ([2, 8], hf_model(layers=8), "layer 8 does not exist (the model has layers 0 to 7)"),
+        ([7], hf_model(layers=8), "layer 7 is the last one"),
+        ([2, 8], hf_model(layers=8), "full-attention layers 0-6 or"),
+        (
+            [1],
+            hf_model("full_attention", "linear_attention", "full_attention", "full_attention"),
+            "layer 1 is a linear-attention layer; choose from the full-attention layers 0, 2 or",
+        ),
+        (
+            [0],
+            hf_model("full_attention", "sliding_attention", "full_attention"),
+            "sliding-attention layers; serve a model",
+        ),
+        ("auto", hf_model(layers=2), "too few layers"),
+    ],
+)
+def test_impossible_selection_layers_are_refused(layers, model, named: str) -> None:
+    with pytest.raises(ValueError) as error:
+        resolve_selection_layers(layers, model)
+    assert named in str(error.value).replace(' or use "auto"', " or")
+
+
+def test_segments_cover_the_layers_without_gap() -> None:
+    plan = SegmentPlan(8, (0, 3, 6))
+    segments = plan.segments
+    assert [(s.index, s.start, s.end) for s in segments] == [
+        (0, 0, 1),
+        (1, 1, 4),
+        (2, 4, 7),
+        (3, 7, 8),
+    ]
+    assert [s.is_last for s in segments] == [False, False, False, True]
+    assert [s.selection_layer for s in segments[:-1]] == [0, 3, 6]
+    assert plan.num_segments == 4
+
+
+@given(st.integers(2, 60), st.data())
+def test_segment_of_a_layer_is_the_one_that_holds_it(num_layers: int, data) -> None:
+    cuts = data.draw(st.sets(st.integers(0, num_layers - 2), min_size=1))
+    plan = SegmentPlan(num_layers, tuple(sorted(cuts)))
+    for segment in plan.segments:
+        for layer in range(segment.start, segment.end):
+            assert plan.segment_of(layer) == segment.index
+
+
+class Decoder(nn.Module):
+    """Layers with pipeline-parallel bounds, as vLLM's models have them."""
+
+    def __init__(self, num_layers: int, start: int, end: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(num_layers))
+        self.start_layer, self.end_layer = start, end
+
+
+def test_the_bounded_model_is_found_inside_the_model() -> None:
+    inner = Decoder(4, 0, 4)
+    outer = nn.ModuleDict({"vision": Decoder(2, 0, 2), "model": inner})
+    assert find_bounded_model(outer, 4) is inner
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(1, 1), Decoder(4, 0, 3), Decoder(3, 0, 4), Decoder(4, 1, 4)]
+)
+def test_models_without_layer_bounds_are_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"does not work with {type(model).__name__}, whose"):
+        find_bounded_model(model, 4)
+
+
+# --- the engine's config ---------------------------------------------------------------
+
+
+def parse(*arguments: str) -> EngineArgs:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+
+
+def test_the_flag_reaches_the_engine_args_as_an_object() -> None:
+    values = {"top_p": 0.9, "selection_layers": [2, 4]}
+    assert parse("--uniprefill-config", json.dumps(values)).uniprefill_config == values
+    assert parse().uniprefill_config is None
+
+
+def test_the_flag_turns_compilation_off_unless_asked_for(configure) -> None:
+    config = configure({"top_p": 0.9})
+    assert config.uniprefill_config.top_p == 0.9
+    assert config.uniprefill_config.selection_layers == [1, 3, 5]
+    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.use_v2_model_runner
+    asked = configure({}, compilation_config={"mode": CompilationMode.STOCK_TORCH_COMPILE})
+    assert asked.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
+
+
+def test_without_the_flag_the_config_is_the_releases(configure) -> None:
+    config = configure(None)
+    assert config.uniprefill_config is None
+    assert SegmentPlan.from_vllm_config(config) is None
+    assert segment_of_layer_name(config, "model.layers.7.self_attn.attn") == 0
+    stock = {CompilationMode.VLLM_COMPILE, CompilationMode.DYNAMO_TRACE_ONCE}  # GPU, CPU
+    assert config.compilation_config.mode in stock
+
+
+def test_the_plan_follows_the_config(configure) -> None:
+    config = configure({"selection_layers": [2, 5]})
+    assert SegmentPlan.from_vllm_config(config) == SegmentPlan(8, (2, 5))
+    names = [f"model.layers.{i}.self_attn.attn" for i in range(8)]
+    assert [segment_of_layer_name(config, name) for name in names] == [0, 0, 0, 1, 1, 1, 2, 2]
+
+
+def test_the_longest_prunable_prompt_fits_beside_the_other_decodes(configure) -> None:
+    config = configure({})
+    assert config.uniprefill_config.max_prompt_tokens(config) == 2048 - 3
+    speculative = configure(
+        {}, speculative_config={"method": "ngram", "num_speculative_tokens": 2}
+    )
+    assert speculative.uniprefill_config.max_prompt_tokens(speculative) == 2048 - 3 * 3
+
+
+def test_a_budget_below_the_shortest_prunable_prompt_is_refused(configure) -> None:
+    fits = {"max_num_batched_tokens": 1027, "max_model_len": 1024}
+    configure({}, **fits)
+    with pytest.raises(ValueError, match="leaves room for 1023 tokens"):
+        configure({}, **(fits | {"max_num_batched_tokens": 1026}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "--kv-transfer-config",
+        ),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
+        ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-attention"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_work_together_is_refused_by_name(configure, arguments, named) -> None:
+    with pytest.raises(ValueError, match="--uniprefill-config") as error:
+        configure({}, **arguments)
+    assert named in str(error.value)
+
+
+def test_the_old_model_runner_is_refused(configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match="requires Model Runner V2"):
+        configure({})

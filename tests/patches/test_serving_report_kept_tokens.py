@@ -1,0 +1,242 @@
+"""serving-report-kept-tokens.patch: arguments are checked at the door, reports reach the response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionResponse,
+    ChatCompletionStreamResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import (
+    CompletionResponse,
+    CompletionStreamResponse,
+)
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+REPORT = {"outcome": "pruned", "reason": None, "prompt_tokens": 9, "segments": []}
+
+
+# --- arguments -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processor(configure) -> Callable[..., InputProcessor]:
+    """An input processor of a server with or without the flag."""
+    return {
+        flag: InputProcessor(configure({} if flag else None, skip_tokenizer_init=True))
+        for flag in (True, False)
+    }.__getitem__
+
+
+def enter(processor: InputProcessor, extra: dict[str, Any] | None) -> EngineCoreRequest:
+    params = SamplingParams(extra_args=extra, detokenize=False)
+    prompt = {"type": "token", "prompt_token_ids": [1, 2, 3]}
+    return processor.process_inputs("request", prompt, params, supported_tasks=("generate",))
+
+
+@pytest.mark.parametrize(
+    ("extra", "named"),
+    [
+        ({"uniprefill": 2}, "uniprefill"),
+        ({"uniprefill": 1, "uniprefill_top_p": 0}, "uniprefill_top_p"),
+        ({"uniprefill_keep_ratio": "half"}, "uniprefill_keep_ratio"),
+        ({"uniprefill_report": None}, "uniprefill_report"),
+        ({"uniprefill_topp": 0.5}, "uniprefill_topp"),
+        ({"uniprefill_top_p": 0.5, "uniprefill_keep_ratio": 0.5}, "uniprefill_keep_ratio"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_refused_by_name(processor, extra: dict, named: str) -> None:
+    """Before the request reaches the engine, where an exception would end it."""
+    with pytest.raises(VLLMValidationError) as error:
+        enter(processor(True), extra)
+    assert error.value.parameter == named and named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_report"]
+)
+@pytest.mark.parametrize("value", [0, 1])
+def test_without_the_flag_any_argument_is_refused(processor, name: str, value: int) -> None:
+    with pytest.raises(VLLMValidationError, match="--uniprefill-config") as error:
+        enter(processor(False), {name: value})
+    assert error.value.parameter == name
+
+
+def test_good_arguments_pass_unchanged(processor) -> None:
+    extra = {"uniprefill": 1, "uniprefill_top_p": 0.5, "uniprefill_report": 1, "other": "x"}
+    assert enter(processor(True), extra).sampling_params.extra_args == extra
+    assert enter(processor(False), {"other": "x"}).sampling_params.extra_args == {"other": "x"}
+    assert enter(processor(False), None).sampling_params.extra_args is None
+
+
+# --- from the engine's outputs to the request's ----------------------------------------
+
+
+def make_output_processor(
+    kind: RequestOutputKind, *, num_children: int = 0, stream_interval: int = 1
+) -> OutputProcessor:
+    """One request `r`, or the children `r-0`, `r-1`, … of one."""
+    outputs = OutputProcessor(None, log_stats=False, stream_interval=stream_interval)
+
+    def add(request_id: str, params: SamplingParams, parent: ParentRequest | None, index: int):
+        request = EngineCoreRequest(
+            request_id=request_id,
+            external_req_id="r",
+            prompt_token_ids=list(range(9)),
+            mm_features=None,
+            arrival_time=0,
+            lora_request=None,
+            cache_salt=None,
+            data_parallel_rank=None,
+            sampling_params=params,
+            pooling_params=None,
+        )
+        outputs.add_request(request, None, parent, index)
+        return request
+
+    params = SamplingParams(detokenize=False, output_kind=kind, n=num_children or 1)
+    if not num_children:
+        add("r", params, None, 0)
+        return outputs
+    whole = EngineCoreRequest(
+        request_id="r",
+        external_req_id="r",
+        prompt_token_ids=list(range(9)),
+        mm_features=None,
+        arrival_time=0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+        sampling_params=params,
+        pooling_params=None,
+    )
+    parent = ParentRequest(whole)
+    for index in range(num_children):
+        child_id, child_params = parent.get_child_info(index)
+        add(child_id, child_params, parent, index)
+    return outputs
+
+
+def feed(
+    outputs: OutputProcessor,
+    token: int,
+    *,
+    request_id: str = "r",
+    report: dict | None = None,
+    end: bool = False,
+) -> list[RequestOutput]:
+    output = EngineCoreOutput(
+        request_id=request_id,
+        new_token_ids=[token],
+        uniprefill=report,
+        finish_reason=FinishReason.LENGTH if end else None,
+    )
+    return outputs.process_outputs([output]).request_outputs
+
+
+def test_the_report_of_the_first_output_is_with_the_final_one() -> None:
+    outputs = make_output_processor(RequestOutputKind.FINAL_ONLY)
+    assert feed(outputs, 1, report=REPORT) == []
+    assert feed(outputs, 2) == []
+    (final,) = feed(outputs, 3, end=True)
+    assert final.finished and final.uniprefill == REPORT
+
+
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_each_streamed_output_carries_the_report(kind: RequestOutputKind) -> None:
+    """So the last one has it too, where the server sends it."""
+    outputs = make_output_processor(kind)
+    streamed = [
+        *feed(outputs, 1, report=REPORT),
+        *feed(outputs, 2),
+        *feed(outputs, 3, end=True),
+    ]
+    assert [output.uniprefill for output in streamed] == [REPORT] * 3
+
+
+def test_a_report_survives_outputs_that_are_held_back() -> None:
+    outputs = make_output_processor(RequestOutputKind.DELTA, stream_interval=10)
+    streamed = [feed(outputs, 1, report=REPORT), feed(outputs, 2), feed(outputs, 3, end=True)]
+    assert [[output.uniprefill for output in step] for step in streamed] == [[REPORT], [], [REPORT]]
+
+
+def test_merged_outputs_keep_the_report() -> None:
+    outputs = make_output_processor(RequestOutputKind.DELTA)
+    (first,), (last,) = feed(outputs, 1, report=REPORT), feed(outputs, 2, end=True)
+    first.add(last, aggregate=True)
+    assert first.finished and first.uniprefill == REPORT
+    assert list(first.outputs[0].token_ids) == [1, 2]
+
+
+def test_parallel_samples_give_one_report() -> None:
+    outputs = make_output_processor(RequestOutputKind.FINAL_ONLY, num_children=2)
+    children = list(outputs.request_states)
+    assert len(children) == 2
+    for child in children:
+        assert feed(outputs, 1, request_id=child, report=REPORT) == []
+    assert feed(outputs, 2, request_id=children[1], end=True) == []
+    (final,) = feed(outputs, 2, request_id=children[0], end=True)
+    assert len(final.outputs) == 2 and final.uniprefill == REPORT
+
+
+def test_reports_do_not_cross_requests() -> None:
+    outputs = make_output_processor(RequestOutputKind.FINAL_ONLY, num_children=2)
+    with_report, without = outputs.request_states.values()
+    feed(outputs, 1, request_id=with_report.request_id, report=REPORT)
+    assert with_report.uniprefill == REPORT and without.uniprefill is None
+
+
+def test_without_a_report_the_output_has_none() -> None:
+    outputs = make_output_processor(RequestOutputKind.FINAL_ONLY)
+    (final,) = feed(outputs, 1, end=True)
+    assert final.uniprefill is None
+    positional = RequestOutput("r", None, [1], None, [], True)
+    assert positional.uniprefill is None
+
+
+# --- responses -------------------------------------------------------------------------
+
+USAGE = UsageInfo(prompt_tokens=9, completion_tokens=1, total_tokens=10)
+RESPONSES = {
+    CompletionResponse: {"usage": USAGE},
+    CompletionStreamResponse: {},
+    ChatCompletionResponse: {"usage": USAGE},
+    ChatCompletionStreamResponse: {},
+}
+
+
+def bodies(response: Any) -> list[dict]:
+    """All ways in which the server writes a response or a chunk."""
+    return [
+        response.model_dump(),
+        json.loads(response.model_dump_json()),
+        json.loads(response.model_dump_json(exclude_unset=True)),
+        json.loads(response.model_dump_json(exclude_none=True)),
+    ]
+
+
+@pytest.mark.parametrize("model", RESPONSES, ids=lambda model: model.__name__)
+def test_responses_name_the_report_only_if_there_is_one(model: type) -> None:
+    arguments = {"model": "m", "choices": []} | RESPONSES[model]
+    for silent in (model(**arguments), model(**arguments, uniprefill=None)):
+        for body in bodies(silent):
+            assert "uniprefill" not in body and body["model"] == "m"
+        assert "metrics" in silent.model_dump()  # other fields stay the release's
+    given = model(**arguments, uniprefill=REPORT)
+    assert all(body["uniprefill"] == REPORT for body in bodies(given))
+    chunk = model(**arguments)
+    chunk.uniprefill = REPORT  # as the last chunk of a stream gets it
+    assert all(body["uniprefill"] == REPORT for body in bodies(chunk))
