@@ -12,7 +12,7 @@ VENV := build/venv/bin/python
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench \
+.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench bench-gpu \
 	rebase-check lock clean distclean
 
 help: ## list the tasks
@@ -55,6 +55,9 @@ test-upstream: build ## vLLM's own CPU tests, on the release and on the patched 
 
 bench: build ## the benchmarks of evals/
 	@exec $(VENV) -m evals.bench $(ARGS)
+
+bench-gpu: build ## the benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU
+	@exec sh evals/bench/gpu.sh $(ARGS)
 
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
 	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN)/rebase_check.py --to '$(TO)'

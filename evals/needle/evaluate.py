@@ -7,6 +7,7 @@ Prompts are those of `prompts.make_prompt`, seeds 0 to count - 1 from `--seed`. 
 last 128 prompt tokens, blocks of 64, first and last 128 tokens always kept). `--table` prints, per layer, the
 share of blocks that hold .9 and .99 of the mass and the rank of the needle's block.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -198,7 +199,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
                     "length": length, "task": task, "run": name, "n": len(outcomes),
                     "right": sum(right for right, _ in outcomes),
                     "needle_kept": sum(r.needle_kept for _, r in outcomes),
-                    "kept": [round(mean(x), 4) for x in zip(*(r.kept for _, r in outcomes))],
+                    "kept": [round(mean(x), 4) for x in zip(*(r.kept for _, r in outcomes), strict=False)],
                     "prefill_seconds": round(mean([r.prefill_seconds for _, r in outcomes]), 3),
                 }  # fmt: skip
                 results.append(row)

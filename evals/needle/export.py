@@ -5,6 +5,7 @@
 A model without sliding layers becomes a LlamaForCausalLM, one with them a MinistralForCausalLM. The written directory
 is loaded with transformers and compared with the training code on a prompt; the program fails if they differ.
 """
+
 from __future__ import annotations
 
 import argparse

@@ -2,6 +2,7 @@
 
 `export.py` writes the same weights under Llama's names; there the computation is checked against transformers.
 """
+
 from __future__ import annotations
 
 import math

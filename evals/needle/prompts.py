@@ -9,6 +9,7 @@ Every whitespace-separated word is exactly one token; the tokenizer adds <bos> i
 
     python -m evals.needle.prompts --task multikey --num-tokens 1024 --seed 3
 """
+
 from __future__ import annotations
 
 import argparse
@@ -136,7 +137,7 @@ def _task_single(rng: random.Random) -> _Task:
 
 def _many(rng: random.Random) -> tuple[list[str], list[str], list[list[str]]]:
     keys, values = rng.sample(KEYS, MULTIKEY_STATEMENTS), rng.sample(VALUES, MULTIKEY_STATEMENTS)
-    return keys, values, [key_statement(k, v) for k, v in zip(keys, values)]
+    return keys, values, [key_statement(k, v) for k, v in zip(keys, values, strict=False)]
 
 
 def _task_multikey(rng: random.Random) -> _Task:
@@ -192,7 +193,7 @@ def make_prompt(task: str, num_tokens: int, seed: int, *, depth: float | None = 
     words: list[str] = []
     starts: list[int] = []
     previous = 0
-    for cut, statement in zip(cuts, made.statements):
+    for cut, statement in zip(cuts, made.statements, strict=False):
         words += filler[previous:cut]
         starts.append(1 + len(words))
         words += statement

@@ -14,6 +14,7 @@ language-model loss on answer tokens, the attention is supervised:
 Short training sequences have few tokens to be distracted by, so the logits of distant tokens get
 log(emulated length / length) added in these losses: what is learned at 512 tokens holds at 16K.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -215,7 +216,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", required=True, help="checkpoint to write (.pt; export.py reads it)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--rows", type=int, default=128, help="query positions a sequence whose attention is supervised")
+    parser.add_argument(
+        "--rows", type=int, default=128, help="query positions a sequence whose attention is supervised"
+    )
     parser.add_argument("--max-length", type=int, default=4096, help="leave out the stages of longer sequences")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log-every", type=int, default=20)

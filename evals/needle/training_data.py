@@ -4,6 +4,7 @@ A sequence is filler with many statements in it, then many questions with their 
 labelled. Beside the ids every token carries where its attention ought to go (see `Sequence`); `train.py` turns that
 into losses.
 """
+
 from __future__ import annotations
 
 import random
@@ -179,7 +180,7 @@ def make_sequence(rng: random.Random, length: int, tail_tokens: int) -> Sequence
     cuts = sorted(rng.randint(0, num_filler) for _ in order)
     seq, starts, previous = Sequence(), {}, 0
     seq.add(P.BOS_ID)
-    for number, (cut, fact) in enumerate(zip(cuts, order)):
+    for number, (cut, fact) in enumerate(zip(cuts, order, strict=False)):
         if cut > previous:
             seq.breaks.append(len(seq.ids) + rng.randrange(cut - previous))
         for word in filler[previous:cut]:
@@ -204,12 +205,14 @@ def gapped_positions(rng: random.Random, seq: Sequence, max_position: int) -> np
     span = length * (max_position / length) ** rng.random()
     chosen = rng.sample(seq.breaks, min(len(seq.breaks), rng.randint(1, 11)))
     shares = [rng.gammavariate(0.7, 1.0) + 1e-9 for _ in chosen]
-    for place, share in zip(chosen, shares):
+    for place, share in zip(chosen, shares, strict=False):
         steps[place] += int((span - length) * share / sum(shares))
     return np.cumsum(steps)
 
 
-def make_batch(rng: random.Random, size: int, length: int, tail_tokens: int, max_position: int) -> dict[str, np.ndarray]:
+def make_batch(
+    rng: random.Random, size: int, length: int, tail_tokens: int, max_position: int
+) -> dict[str, np.ndarray]:
     """`size` sequences as arrays [size, length]: ids, positions and every mark."""
     sequences = [make_sequence(rng, length, tail_tokens) for _ in range(size)]
     batch = {name: np.array([getattr(s, name) for s in sequences]) for name in ("ids", *MARKS)}

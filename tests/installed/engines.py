@@ -53,9 +53,7 @@ def model_runner_of(llm: LLM) -> GPUModelRunner:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def generate(
-    llm: LLM, prompts: Sequence[list[int]], *, max_tokens: int = 1, **arguments: Any
-) -> list[Any]:
+def generate(llm: LLM, prompts: Sequence[list[int]], *, max_tokens: int = 1, **arguments: Any) -> list[Any]:
     """Greedy continuations of token-id prompts, with a UniPrefill report each.
 
     Arguments named `uniprefill*` go with the requests, others into SamplingParams.
@@ -102,7 +100,7 @@ def recorded_selections() -> Iterator[Selections]:
     def record_rows(self, mass, specs, num_rows):
         rows, kept = select(self, mass, specs, num_rows)
         positions, req_ids = current
-        for req_id, spec in zip(req_ids, specs):
+        for req_id, spec in zip(req_ids, specs, strict=False):
             is_prompt = (rows >= spec.row_start) & (rows < spec.row_start + spec.num_prompt)
             cuts = selections.cuts.setdefault(req_id, [])
             cuts.append(positions[rows[is_prompt]].tolist())

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("output", help="file that gets the JSON")
     parser.add_argument("--engine-args", default="{}", help="JSON: more arguments of LLM(...)")
     args = parser.parse_args()
-    from vllm import LLM, SamplingParams, TokensPrompt
     import vllm
+    from vllm import LLM, SamplingParams, TokensPrompt
 
     rng = random.Random(3)
     shared = rng.choices(range(VOCAB), k=1500)
@@ -54,15 +54,12 @@ def main() -> None:
         "two samples": SamplingParams(max_tokens=8, temperature=1.0, seed=5, n=2, ignore_eos=True),
         "prompt logprobs": SamplingParams(max_tokens=2, temperature=0, prompt_logprobs=1),
     }.items():
-        outputs = llm.generate(
-            [TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False
-        )
+        outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
         results[name] = [
             {
                 "tokens": [list(c.token_ids) for c in o.outputs],
                 "logprobs": [
-                    [sorted((t, e.logprob) for t, e in step.items()) for step in c.logprobs or []]
-                    for c in o.outputs
+                    [sorted((t, e.logprob) for t, e in step.items()) for step in c.logprobs or []] for c in o.outputs
                 ],
                 "cached": o.num_cached_tokens,
             }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-
 from engines import engine, generate, model_runner_of, recorded_selections
 from oracle.checkpoints import make_checkpoint
 from vllm import SamplingParams, TokensPrompt
@@ -47,11 +46,13 @@ def assert_same(ours, our_selections, alone) -> None:
     expected = selections.of([outputs[i] for i in indices])
     found = our_selections.of([ours[i] for i in indices])
     differing = sum(
-        len(set(a) ^ set(b)) for one, other in zip(expected, found) for a, b in zip(one, other)
+        len(set(a) ^ set(b))
+        for one, other in zip(expected, found, strict=False)
+        for a, b in zip(one, other, strict=False)
     )
     print(f"{differing} tokens of the kept sets differ")
     assert found == expected
-    for one, other in zip(outputs, ours):
+    for one, other in zip(outputs, ours, strict=False):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
         assert one.uniprefill == other.uniprefill
 
@@ -67,9 +68,7 @@ def test_same_next_to_running_decodes(llm, prompts, alone) -> None:
     rng = random.Random(1)
     params = SamplingParams(max_tokens=400, temperature=0, ignore_eos=True)
     running = [
-        llm.llm_engine.add_request(
-            f"decode{i}", TokensPrompt(prompt_token_ids=rng.choices(range(VOCAB), k=n)), params
-        )
+        llm.llm_engine.add_request(f"decode{i}", TokensPrompt(prompt_token_ids=rng.choices(range(VOCAB), k=n)), params)
         for i, n in enumerate([20, 1200, 700, 2000, 40, 1300, 90, 5])
     ]
     for _ in range(3):
@@ -84,9 +83,7 @@ def test_same_next_to_running_decodes(llm, prompts, alone) -> None:
 
 def finish_one(llm, name: str, prompt: list[int]):
     """Run one request to its end among the engine's other ones."""
-    params = SamplingParams(
-        max_tokens=8, temperature=0, ignore_eos=True, extra_args={"uniprefill_report": 1}
-    )
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, extra_args={"uniprefill_report": 1})
     llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
     while True:
         for output in llm.llm_engine.step():
@@ -112,9 +109,7 @@ def test_mixed_step_holds_all_kinds_of_rows(llm, prompts) -> None:
     state.run_model = spy
     try:
         for i in (1, 3, 2):
-            names.append(
-                engine_.add_request(f"p{i}", TokensPrompt(prompt_token_ids=prompts[i]), decode)
-            )
+            names.append(engine_.add_request(f"p{i}", TokensPrompt(prompt_token_ids=prompts[i]), decode))
         engine_.step()
     finally:
         del state.run_model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-
 from engines import engine, generate
 from oracle.checkpoints import make_checkpoint
 from vllm import SamplingParams, TokensPrompt
@@ -42,7 +41,7 @@ def plain(model, prompts):
     with engine(model, uniprefill=CONFIG, max_model_len=2048, max_logprobs=2) as llm:
         outputs = generate(llm, prompts, max_tokens=40, logprobs=2)
     assert [o.uniprefill["outcome"] for o in outputs] == ["pruned", "pruned", "dense"]
-    assert all(o.uniprefill["segments"][-1]["tokens_kept"] < len(p) for o, p in zip(outputs[:2], prompts))
+    assert all(o.uniprefill["segments"][-1]["tokens_kept"] < len(p) for o, p in zip(outputs[:2], prompts, strict=False))
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     gaps = []
     for output in outputs:
@@ -55,16 +54,14 @@ def assert_same_tokens(outputs, plain) -> None:
     for output, right, gaps in zip(outputs, *plain, strict=True):
         found = list(output.outputs[0].token_ids)
         assert len(found) == len(right)
-        differing = [i for i, (a, b) in enumerate(zip(found, right)) if a != b]
+        differing = [i for i, (a, b) in enumerate(zip(found, right, strict=False)) if a != b]
         assert not differing or gaps[differing[0]] < NEAR_TIE, (differing, gaps[differing[0]])
 
 
 def test_ngram_speculation(model, prompts, plain) -> None:
     """Verify rows, several a request, are placed behind the compacted prompt."""
     spec = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with engine(
-        model, uniprefill=CONFIG, max_model_len=2048, speculative_config=spec, disable_log_stats=False
-    ) as llm:
+    with engine(model, uniprefill=CONFIG, max_model_len=2048, speculative_config=spec, disable_log_stats=False) as llm:
         outputs = generate(llm, prompts, max_tokens=40)
         accepted = sum(m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_accepted_tokens")
     assert accepted > 0, "no draft was accepted, so nothing was verified"
@@ -91,9 +88,7 @@ def test_chunked_dense_prompt_beside_pruned_one(model, prompts, plain) -> None:
     """A dense prompt that is prefilled in chunks and a pruned one share steps."""
     rng = random.Random(9)
     long_dense = rng.choices(range(VOCAB), k=1900)
-    with engine(
-        model, uniprefill=CONFIG, max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=900
-    ) as llm:
+    with engine(model, uniprefill=CONFIG, max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=900) as llm:
         [alone] = generate(llm, [long_dense], max_tokens=40, logprobs=2)
         assert alone.uniprefill["reason"] == "prompt_exceeds_step"
         together = generate(llm, [long_dense, *prompts], max_tokens=40)

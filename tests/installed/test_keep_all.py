@@ -6,7 +6,6 @@ import random
 
 import pytest
 import torch
-
 from engines import engine, generate, model_runner_of
 from oracle.checkpoints import make_checkpoint
 
@@ -19,7 +18,7 @@ def signature(output) -> list[tuple[int, dict[int, float]]]:
     completion = output.outputs[0]
     return [
         (token, {name: entry.logprob for name, entry in entries.items()})
-        for token, entries in zip(completion.token_ids, completion.logprobs)
+        for token, entries in zip(completion.token_ids, completion.logprobs, strict=False)
     ]
 
 
@@ -51,5 +50,5 @@ def test_bitwise_equal(family: str, tmp_path) -> None:
                     "pruned" if len(p) >= 1024 else "dense" for p in group
                 ]
     assert len(hidden["dense"]) == len(hidden["pruned"]) > 0
-    for dense_states, kept_states in zip(hidden["dense"], hidden["pruned"]):
+    for dense_states, kept_states in zip(hidden["dense"], hidden["pruned"], strict=False):
         assert torch.equal(dense_states, kept_states)

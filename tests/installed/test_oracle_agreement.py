@@ -6,9 +6,8 @@ import random
 
 import pytest
 import torch
-
-from oracle.checkpoints import make_checkpoint
 from engines import engine, generate, recorded_selections
+from oracle.checkpoints import make_checkpoint
 from oracle.oracle import Oracle
 
 NUM_DECODE = 32
@@ -44,7 +43,7 @@ def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
 def logits_of(output) -> torch.Tensor:
     """[steps, vocab] fp32 raw logits of a request that asked for all of them."""
     rows = torch.empty(len(output.outputs[0].logprobs), VOCAB)
-    for row, entries in zip(rows, output.outputs[0].logprobs):
+    for row, entries in zip(rows, output.outputs[0].logprobs, strict=False):
         row[list(entries)] = torch.tensor([entry.logprob for entry in entries.values()])
     return rows
 

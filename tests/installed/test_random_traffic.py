@@ -7,10 +7,9 @@ import random
 from dataclasses import dataclass
 
 import pytest
+from engines import engine, generate, model_runner_of, scheduler_of
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-
-from engines import engine, generate, model_runner_of, scheduler_of
 from oracle.checkpoints import make_checkpoint
 from vllm import SamplingParams, TokensPrompt
 
@@ -93,9 +92,7 @@ def expected(llm, arrival: Arrival):
     """What the request generates with nothing beside it, and the gap of the best two."""
     key = (arrival.length, arrival.extra)
     if key not in llm.expected:
-        [output] = generate(
-            llm, [prompt_of(arrival)], max_tokens=90, logprobs=2, **dict(arrival.extra)
-        )
+        [output] = generate(llm, [prompt_of(arrival)], max_tokens=90, logprobs=2, **dict(arrival.extra))
         steps = output.outputs[0].logprobs
         ranked = [sorted((e.logprob for e in step.values()), reverse=True) for step in steps]
         llm.expected[key] = (list(output.outputs[0].token_ids), [r[0] - r[1] for r in ranked])
@@ -153,7 +150,7 @@ def test_right_tokens_and_nothing_left(llm, arrivals: list[Arrival]) -> None:
     for i, found in tokens.items():
         right, gaps = truth[i]
         assert len(found) == arrivals[i].max_tokens
-        for position, (ours, alone) in enumerate(zip(found, right)):
+        for position, (ours, alone) in enumerate(zip(found, right, strict=False)):
             if ours != alone:
                 assert gaps[position] < NEAR_TIE, f"request {i}, token {position}"
                 break
@@ -195,7 +192,7 @@ def test_preemption_happens_and_resumes_pruned(llm) -> None:
     tokens = run(llm, arrivals)
     assert preemptions() > 0, "the KV cache is too large for this test"
     for found in tokens.values():
-        differing = [i for i, (a, b) in enumerate(zip(found, truth)) if a != b]
+        differing = [i for i, (a, b) in enumerate(zip(found, truth, strict=False)) if a != b]
         assert len(found) == 90 and (not differing or gaps[differing[0]] < NEAR_TIE)
     assert_nothing_left(llm)
 
@@ -228,9 +225,7 @@ def test_reasons_of_dense_requests(llm) -> None:
 def test_prompt_that_never_fits_a_step_is_dense(tmp_path) -> None:
     path = make_checkpoint(tmp_path / "m", "llama", layers=4, hidden=128, heads=4, head_dim=32)
     prompt = random.Random(1).choices(range(VOCAB), k=500)
-    with engine(
-        path, uniprefill=CONFIG, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256
-    ) as llm:
+    with engine(path, uniprefill=CONFIG, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256) as llm:
         fits, too_long = generate(llm, [prompt[:253], prompt[:254]])
         assert fits.uniprefill["reason"] is None
         assert too_long.uniprefill["reason"] == "prompt_exceeds_step"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from engines import engine
 from oracle.checkpoints import make_checkpoint
 from vllm.engine.arg_utils import EngineArgs
@@ -15,16 +14,12 @@ FLAG = "--uniprefill-config"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_checkpoint(
-        tmp_path_factory.mktemp("llama"), "llama", layers=4, hidden=64, heads=4, kv_heads=1
-    )
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama", layers=4, hidden=64, heads=4, kv_heads=1)
 
 
 def configure(model, uniprefill, **arguments):
     settings = {"max_model_len": 4096, "max_num_batched_tokens": 8192, "max_num_seqs": 16}
-    return EngineArgs(
-        model=str(model), uniprefill_config=uniprefill, **(settings | arguments)
-    ).create_engine_config()
+    return EngineArgs(model=str(model), uniprefill_config=uniprefill, **(settings | arguments)).create_engine_config()
 
 
 @pytest.mark.parametrize(

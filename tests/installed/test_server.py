@@ -49,9 +49,7 @@ def url(tmp_path_factory):
 
 def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
     """Status and JSON, or the list of a stream's chunks."""
-    request = urllib.request.Request(
-        url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=300) as response:
             text = response.read().decode()

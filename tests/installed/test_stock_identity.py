@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from fork import Layout
 from oracle.checkpoints import make_checkpoint
 from upstream_tests import make_release

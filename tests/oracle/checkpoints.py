@@ -184,9 +184,7 @@ def query_rms(sharpness: float, head_dim: int) -> float:
     return math.sqrt(CONTENT**2 + slow_share * query_level(sharpness, head_dim) ** 2)
 
 
-def query_weight(
-    noise: Tensor, head_dim: int, constants: Tensor, level: float, generator: torch.Generator
-) -> Tensor:
+def query_weight(noise: Tensor, head_dim: int, constants: Tensor, level: float, generator: torch.Generator) -> Tensor:
     """[heads * head_dim, hidden]: `noise` for the content part, and the constant
     channels mapped to `level` times a random sign in each slow dimension of a head."""
     weight = noise * CONTENT

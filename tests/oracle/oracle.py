@@ -209,14 +209,10 @@ class Oracle:
             raise ValueError("kept_sets needs one set per selection layer")
         rule: SelectionRule | None = None
         if cut_layers and (kept_sets is None or top_p is not None or keep_ratio is not None):
-            rule = SelectionRule(
-                top_p, keep_ratio, top_p_over, block_size, num_queries, sink_tokens, recent_tokens
-            )
+            rule = SelectionRule(top_p, keep_ratio, top_p_over, block_size, num_queries, sink_tokens, recent_tokens)
 
         caches: list[LayerCache] = []
-        cuts, logits = self._prefill(
-            prompt_ids, given[:num_resumed], cut_layers, rule, kept_sets, caches
-        )
+        cuts, logits = self._prefill(prompt_ids, given[:num_resumed], cut_layers, rule, kept_sets, caches)
         rows = list(logits)
         tokens: list[int] = []
         while True:
@@ -251,9 +247,7 @@ class Oracle:
             hidden = self._finish_layer(index, hidden, queries, caches[index], positions)
             if index in cut_layers:
                 given = None if kept_sets is None else kept_sets[len(cuts)]
-                cut = self._cut(
-                    index, queries, keys, positions[positions < num_prompt], rule, given
-                )
+                cut = self._cut(index, queries, keys, positions[positions < num_prompt], rule, given)
                 cuts.append(cut)
                 alive = torch.isin(positions, torch.tensor(cut.kept)) | (positions >= num_prompt)
                 hidden, positions = hidden[alive], positions[alive]
@@ -289,14 +283,10 @@ class Oracle:
                 kept = _tokens_of(selection.kept, alive.tolist(), rule.block_size)
         assert kept is not None
         if kept != sorted(set(kept) & set(alive.tolist())) or int(alive[-1]) not in kept:
-            raise ValueError(
-                f"layer {index}: kept positions must ascend, be alive and hold the last one"
-            )
+            raise ValueError(f"layer {index}: kept positions must ascend, be alive and hold the last one")
         return Cut(index, alive.tolist(), kept, selection)
 
-    def _token_mass(
-        self, index: int, queries: Tensor, keys: Tensor, alive: Tensor, num_queries: int
-    ) -> Tensor:
+    def _token_mass(self, index: int, queries: Tensor, keys: Tensor, alive: Tensor, num_queries: int) -> Tensor:
         """[n] fp32: what each alive prompt token receives from the last prompt
         queries, summed over them and over heads."""
         first, end = max(0, len(alive) - num_queries), len(alive)
@@ -314,9 +304,7 @@ class Oracle:
             "sinks": getattr(module, "sinks", None),
         }
 
-    def _project(
-        self, index: int, hidden: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, index: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Post-RoPE queries [H, T, D], keys and values [G, T, D] of `hidden` [T, hidden]."""
         layer = self.layers[index]
         module, normed = layer.self_attn, layer.input_layernorm(hidden)
@@ -327,8 +315,7 @@ class Oracle:
         else:
             parts = (module.q_proj(normed), module.k_proj(normed), module.v_proj(normed))
         queries, keys, values = (
-            part.view(len(positions), count, module.head_dim)
-            for part, count in zip(parts, heads, strict=True)
+            part.view(len(positions), count, module.head_dim) for part, count in zip(parts, heads, strict=True)
         )
         if hasattr(module, "q_norm"):
             queries, keys = module.q_norm(queries), module.k_norm(keys)

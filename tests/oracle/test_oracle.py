@@ -52,9 +52,7 @@ def all_logits(result: OracleResult) -> Tensor:
 
 
 @torch.inference_mode()
-def masked_logits(
-    oracle: Oracle, ids: list[int], num_prompt: int, cuts: list[Cut], *, early: bool = False
-) -> Tensor:
+def masked_logits(oracle: Oracle, ids: list[int], num_prompt: int, cuts: list[Cut], *, early: bool = False) -> Tensor:
     """The second way: Hugging Face's own layers over every row, no row dropped and
     nothing cached, with a mask per layer that hides dropped tokens from it.
     [len(ids) - num_prompt + 1, vocab] from the last prompt token on.
@@ -107,9 +105,7 @@ def test_dropping_equals_masking(checkpoint: Callable[[str], Path], family: str)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_checkpoint_is_bf16_and_drops_matter(
-    checkpoint: Callable[[str], Path], family: str
-) -> None:
+def test_checkpoint_is_bf16_and_drops_matter(checkpoint: Callable[[str], Path], family: str) -> None:
     """bf16 rounding of the dense model is small, and the drops are well above it."""
     oracle, ids = Oracle(checkpoint(family)), prompt(1500)
     dense = oracle.run(ids, 0, selection_layers=[]).prefill_logits
@@ -205,9 +201,7 @@ def test_block_masses_with_a_partial_last_block() -> None:
         (3, 0, 99, [0]),
     ],
 )
-def test_forced_blocks_are_kept_whole(
-    tokens: int, sink: int, recent: int, expected: list[int]
-) -> None:
+def test_forced_blocks_are_kept_whole(tokens: int, sink: int, recent: int, expected: list[int]) -> None:
     forced = forced_blocks(tokens, rule(top_p=0.5, sink_tokens=sink, recent_tokens=recent))
     assert torch.nonzero(forced).flatten().tolist() == expected
 
@@ -364,9 +358,7 @@ def test_resumed_equals_uninterrupted(llama: Oracle, settings: dict, num_resumed
 def test_given_drops_still_report_the_rules_choice(llama: Oracle) -> None:
     ids = prompt(500)
     free = llama.run(ids, 0, selection_layers=CUTS, top_p=0.7, **SMALL)
-    given = llama.run(
-        ids, 0, selection_layers=CUTS, top_p=0.7, kept_sets=[free.kept[0], [0, 499]], **SMALL
-    )
+    given = llama.run(ids, 0, selection_layers=CUTS, top_p=0.7, kept_sets=[free.kept[0], [0, 499]], **SMALL)
     assert given.kept == [free.kept[0], [0, 499]]
     for ours, theirs in zip(given.cuts, free.cuts, strict=True):
         assert ours.selection is not None and theirs.selection is not None
