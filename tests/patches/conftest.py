@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import vllm  # noqa: E402, F401  before torch: on a CPU it chooses Triton's interpreter
-
 import pytest  # noqa: E402
+import vllm  # noqa: E402, F401  before torch: on a CPU it chooses Triton's interpreter
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,9 +24,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from oracle.checkpoints import make_checkpoint
 
     shape = {"layers": 8, "hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 32}
-    return make_checkpoint(
-        tmp_path_factory.mktemp("llama"), "llama", intermediate=64, max_positions=8192, **shape
-    )
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama", intermediate=64, max_positions=8192, **shape)
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +47,7 @@ def configure(llama: Path) -> Callable[..., VllmConfig]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(
-    tmp_path_factory: pytest.TempPathFactory, configure: Callable[..., VllmConfig]
-) -> Iterator[None]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory, configure: Callable[..., VllmConfig]) -> Iterator[None]:
     """The process groups of a single worker, ended afterwards."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import (

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-
 from vllm.config import UniPrefillConfig
 from vllm.config.compilation import CompilationMode
 from vllm.engine.arg_utils import EngineArgs
@@ -80,9 +79,7 @@ def test_shares_up_to_one_are_taken(share: float) -> None:
     ],
     ids=str,
 )
-def test_bad_values_from_the_flag_are_one_sentence_that_names_them(
-    values: dict, named: str
-) -> None:
+def test_bad_values_from_the_flag_are_one_sentence_that_names_them(values: dict, named: str) -> None:
     with pytest.raises(ValueError) as error:
         UniPrefillConfig.from_cli(values)
     message = str(error.value)
@@ -111,7 +108,7 @@ def test_auto_cuts_where_layers_follow(num_layers: int) -> None:
     """Ascending, not after layer 0, two layers or more apart, and never after the last."""
     layers = auto_selection_layers([FULL] * num_layers)
     assert layers and layers[0] >= 1 and layers[-1] < num_layers - 1
-    assert all(b - a >= 2 for a, b in zip(layers, layers[1:]))
+    assert all(b - a >= 2 for a, b in zip(layers, layers[1:], strict=False))
 
 
 def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
@@ -189,9 +186,7 @@ def test_the_bounded_model_is_found_inside_the_model() -> None:
     assert find_bounded_model(outer, 4) is inner
 
 
-@pytest.mark.parametrize(
-    "model", [nn.Linear(1, 1), Decoder(4, 0, 3), Decoder(3, 0, 4), Decoder(4, 1, 4)]
-)
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), Decoder(4, 0, 3), Decoder(3, 0, 4), Decoder(4, 1, 4)])
 def test_models_without_layer_bounds_are_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"does not work with {type(model).__name__}, whose"):
         find_bounded_model(model, 4)
@@ -240,9 +235,7 @@ def test_the_plan_follows_the_config(configure) -> None:
 def test_the_longest_prunable_prompt_fits_beside_the_other_decodes(configure) -> None:
     config = configure({})
     assert config.uniprefill_config.max_prompt_tokens(config) == 2048 - 3
-    speculative = configure(
-        {}, speculative_config={"method": "ngram", "num_speculative_tokens": 2}
-    )
+    speculative = configure({}, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
     assert speculative.uniprefill_config.max_prompt_tokens(speculative) == 2048 - 3 * 3
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from vllm.config import UniPrefillConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
@@ -41,9 +40,7 @@ def _none_hash() -> None:
     init_none_hash(sha256)
 
 
-def make_request(
-    prompt: int | list[int], *, max_tokens: int = 16, extra: dict | None = None, **kwargs: Any
-) -> Request:
+def make_request(prompt: int | list[int], *, max_tokens: int = 16, extra: dict | None = None, **kwargs: Any) -> Request:
     """A request of so many tokens that no other request shares, or of these tokens."""
     number = next(_ids)
     if isinstance(prompt, int):
@@ -62,9 +59,7 @@ def make_request(
 
 @pytest.fixture
 def make_scheduler(configure) -> Callable[..., Scheduler]:
-    def make(
-        uniprefill: dict | None = UNIPREFILL, num_blocks: int = 1000, **arguments: Any
-    ) -> Scheduler:
+    def make(uniprefill: dict | None = UNIPREFILL, num_blocks: int = 1000, **arguments: Any) -> Scheduler:
         settings = {
             "max_num_batched_tokens": BUDGET,
             "max_num_seqs": MAX_SEQS,
@@ -75,9 +70,7 @@ def make_scheduler(configure) -> Callable[..., Scheduler]:
         config = configure(uniprefill, **(settings | arguments))
         config.cache_config.num_gpu_blocks = num_blocks
         register_all_kvcache_specs(config)
-        spec = FullAttentionSpec(
-            block_size=KV_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32
-        )
+        spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
         return Scheduler(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(
@@ -135,9 +128,8 @@ def test_arguments_are_read() -> None:
     config = UniPrefillConfig()
     given = {"uniprefill": 0, "uniprefill_top_p": 1, "uniprefill_report": True, "other": object()}
     assert RequestArgs.parse(given, config) == RequestArgs(False, 1, None, True)
-    assert RequestArgs.parse({"uniprefill": 1, "uniprefill_keep_ratio": 0.2}, config) == RequestArgs(
-        True, None, 0.2, False
-    )
+    given = {"uniprefill": 1, "uniprefill_keep_ratio": 0.2}
+    assert RequestArgs.parse(given, config) == RequestArgs(True, None, 0.2, False)
 
 
 @pytest.mark.parametrize("config", [None, UniPrefillConfig()], ids=["without", "with"])
@@ -377,8 +369,7 @@ def test_preemption_for_memory_loses_nothing(make_scheduler) -> None:
             break
         step = scheduler.schedule()
         starts += [
-            (new.uniprefill.num_prompt_tokens, step.num_scheduled_tokens[new.req_id])
-            for new in step.scheduled_new_reqs
+            (new.uniprefill.num_prompt_tokens, step.num_scheduled_tokens[new.req_id]) for new in step.scheduled_new_reqs
         ]
         finish_step(scheduler, step)
     assert [r.status for r in requests] == [RequestStatus.FINISHED_LENGTH_CAPPED] * 2
@@ -423,6 +414,7 @@ def test_a_pruned_request_leaves_no_hashed_block(make_scheduler) -> None:
     request = add(scheduler, 100, max_tokens=40, extra={"uniprefill_report": 1})
     outputs = finish_step(scheduler, scheduler.schedule())
     assert outputs[request.request_id].prefill_stats.num_cache_creation_tokens == 0
+    scheduler.kv_cache_manager.cache_blocks(request, 100)  # as after a remote prefill
     run_to_the_end(scheduler)
     assert len(cache) == 0
     add(scheduler, 100, extra={"uniprefill": 0})

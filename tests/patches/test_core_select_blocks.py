@@ -49,9 +49,7 @@ def interpret_bf16_dot(monkeypatch):
     def numbers(x):
         if x.dtype != tl.bfloat16:
             return x
-        return TensorHandle(
-            (x.data.astype(np.uint32) << 16).view(np.float32), tl.float32
-        )
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def dot(self, a, b, *args):
         return create_dot(self, numbers(a), numbers(b), *args)
@@ -204,7 +202,7 @@ def test_mass_is_batch_invariant(implementation, dtype):
     together = implementation(query, key, specs, **kwargs)
     queries = query.split([spec.num_queries for spec in specs])
     masses = together.split([math.ceil(spec.num_prompt / 64) for spec in specs])
-    for spec, q, mass in zip(specs, queries, masses):
+    for spec, q, mass in zip(specs, queries, masses, strict=False):
         k = key[spec.row_start : spec.row_start + spec.num_prompt].clone()
         alone = SelectionSpec(0, spec.num_prompt, 0, spec.num_queries, 0.9)
         assert torch.equal(implementation(q.clone(), k, [alone], **kwargs), mass)
@@ -346,7 +344,7 @@ def test_selection_properties(case):
     assert keep.dtype == torch.bool and keep.shape == mass.shape
     size = options["block_size"]
     kept_of = per_request(keep, specs, size)
-    for spec, m, kept in zip(specs, per_request(mass, specs, size), kept_of):
+    for spec, m, kept in zip(specs, per_request(mass, specs, size), kept_of, strict=False):
         forced = forced_blocks(spec, **options)
         kept = {b for b, is_kept in enumerate(kept) if is_kept}
         everything = set(range(len(m)))
@@ -377,9 +375,7 @@ def test_selection_properties(case):
         for b in ranking:
             if b not in forced:
                 slack = (1 if b in chosen else -1) * tolerance * total
-                assert (before < target + slack) == (b in chosen) or abs(
-                    before - target
-                ) <= tolerance * total
+                assert (before < target + slack) == (b in chosen) or abs(before - target) <= tolerance * total
             before += weight[b]
         assert sum(weight[b] for b in pool & kept) >= target - tolerance * total
 
@@ -392,10 +388,7 @@ def test_more_share_keeps_more(case, low, high, by_ratio):
 
     def select(share):
         p, ratio = (None, share) if by_ratio else (share, None)
-        these = [
-            SelectionSpec(s.row_start, s.num_prompt, s.num_output, 1, p, ratio)
-            for s in specs
-        ]
+        these = [SelectionSpec(s.row_start, s.num_prompt, s.num_output, 1, p, ratio) for s in specs]
         return select_blocks(mass, these, **options)
 
     assert (select(low) <= select(high)).all()
@@ -408,7 +401,7 @@ def test_selection_is_batch_invariant(case):
     size = options["block_size"]
     keep = per_request(select_blocks(mass, specs, **options), specs, size)
     masses = mass.split([len(k) for k in keep])
-    for spec, m, kept in zip(specs, masses, keep):
+    for spec, m, kept in zip(specs, masses, keep, strict=False):
         assert select_blocks(m.clone(), [spec], **options).tolist() == kept
 
 
@@ -518,23 +511,19 @@ def test_kept_rows_match_a_loop(case, tail):
     size = options["block_size"]
     keep = select_blocks(mass, specs, **options)
     expected, counts = set(range(num_rows)), []
-    for spec, kept in zip(specs, per_request(keep, specs, size)):
-        dropped = {
-            spec.row_start + t for t in range(spec.num_prompt) if not kept[t // size]
-        }
+    for spec, kept in zip(specs, per_request(keep, specs, size), strict=False):
+        dropped = {spec.row_start + t for t in range(spec.num_prompt) if not kept[t // size]}
         expected -= dropped
         counts.append(spec.num_prompt - len(dropped))
 
     forcing = {k: options[k] for k in ("block_size", "sink_tokens", "recent_tokens")}
     known = [known_kept_tokens(spec, **forcing) for spec in specs]
-    for spec, known_count, count in zip(specs, known, counts):
+    for spec, known_count, count in zip(specs, known, counts, strict=False):
         assert known_count in (None, count)
         if known_count is None and spec.keep_ratio is not None:
             assert options["recent_tokens"] == 0 and spec.num_prompt % size
     for keep_counts in (None, known, counts):
-        rows, found = kept_rows(
-            keep, specs, num_rows, block_size=size, keep_counts=keep_counts
-        )
+        rows, found = kept_rows(keep, specs, num_rows, block_size=size, keep_counts=keep_counts)
         assert rows.dtype == torch.int64
         assert rows.tolist() == sorted(expected)
         assert found == counts and all(type(count) is int for count in found)
@@ -558,10 +547,7 @@ def test_syncs():
         known = [known_kept_tokens(spec, **forcing) for spec in specs]
         return kept_rows(keep, specs, len(key), block_size=64, keep_counts=known)
 
-    by_ratio = [
-        SelectionSpec(s.row_start, s.num_prompt, 0, s.num_queries, None, 0.3)
-        for s in specs
-    ]
+    by_ratio = [SelectionSpec(s.row_start, s.num_prompt, 0, s.num_queries, None, 0.3) for s in specs]
     run(specs), run(by_ratio)  # compile
     torch.cuda.set_sync_debug_mode("error")
     try:

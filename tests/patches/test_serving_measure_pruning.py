@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import vllm  # noqa: F401  before torch
-
 import prometheus_client
 import pytest
-
+import vllm  # noqa: F401  before torch
 from vllm.v1.uniprefill.policy import Decision, PrunePolicy
 from vllm.v1.uniprefill.segments import SegmentPlan
 from vllm.v1.uniprefill.stats import (
@@ -44,9 +42,7 @@ def registry(monkeypatch):
         return lambda **kwargs: cls(registry=registry, **kwargs)
 
     monkeypatch.setattr(UniPrefillProm, "_counter_cls", staticmethod(on_registry(prometheus_client.Counter)))
-    monkeypatch.setattr(
-        UniPrefillProm, "_histogram_cls", staticmethod(on_registry(prometheus_client.Histogram))
-    )
+    monkeypatch.setattr(UniPrefillProm, "_histogram_cls", staticmethod(on_registry(prometheus_client.Histogram)))
     return registry
 
 

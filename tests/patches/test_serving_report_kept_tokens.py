@@ -1,4 +1,4 @@
-"""serving-report-kept-tokens.patch: arguments are checked at the door, reports reach the response."""
+"""serving-report-kept-tokens.patch: arguments are checked at the door, reports arrive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-
 from vllm.entrypoints.openai.chat_completion.protocol import (
     ChatCompletionResponse,
     ChatCompletionStreamResponse,
@@ -35,8 +34,7 @@ REPORT = {"outcome": "pruned", "reason": None, "prompt_tokens": 9, "segments": [
 def processor(configure) -> Callable[..., InputProcessor]:
     """An input processor of a server with or without the flag."""
     return {
-        flag: InputProcessor(configure({} if flag else None, skip_tokenizer_init=True))
-        for flag in (True, False)
+        flag: InputProcessor(configure({} if flag else None, skip_tokenizer_init=True)) for flag in (True, False)
     }.__getitem__
 
 
@@ -65,9 +63,7 @@ def test_bad_arguments_are_refused_by_name(processor, extra: dict, named: str) -
     assert error.value.parameter == named and named in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_report"]
-)
+@pytest.mark.parametrize("name", ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_report"])
 @pytest.mark.parametrize("value", [0, 1])
 def test_without_the_flag_any_argument_is_refused(processor, name: str, value: int) -> None:
     with pytest.raises(VLLMValidationError, match="--uniprefill-config") as error:
@@ -85,34 +81,9 @@ def test_good_arguments_pass_unchanged(processor) -> None:
 # --- from the engine's outputs to the request's ----------------------------------------
 
 
-def make_output_processor(
-    kind: RequestOutputKind, *, num_children: int = 0, stream_interval: int = 1
-) -> OutputProcessor:
-    """One request `r`, or the children `r-0`, `r-1`, … of one."""
-    outputs = OutputProcessor(None, log_stats=False, stream_interval=stream_interval)
-
-    def add(request_id: str, params: SamplingParams, parent: ParentRequest | None, index: int):
-        request = EngineCoreRequest(
-            request_id=request_id,
-            external_req_id="r",
-            prompt_token_ids=list(range(9)),
-            mm_features=None,
-            arrival_time=0,
-            lora_request=None,
-            cache_salt=None,
-            data_parallel_rank=None,
-            sampling_params=params,
-            pooling_params=None,
-        )
-        outputs.add_request(request, None, parent, index)
-        return request
-
-    params = SamplingParams(detokenize=False, output_kind=kind, n=num_children or 1)
-    if not num_children:
-        add("r", params, None, 0)
-        return outputs
-    whole = EngineCoreRequest(
-        request_id="r",
+def engine_request(request_id: str, params: SamplingParams) -> EngineCoreRequest:
+    return EngineCoreRequest(
+        request_id=request_id,
         external_req_id="r",
         prompt_token_ids=list(range(9)),
         mm_features=None,
@@ -123,10 +94,22 @@ def make_output_processor(
         sampling_params=params,
         pooling_params=None,
     )
-    parent = ParentRequest(whole)
+
+
+def make_output_processor(
+    kind: RequestOutputKind, *, num_children: int = 0, stream_interval: int = 1
+) -> OutputProcessor:
+    """Of one request `r`, or of the samples of one."""
+    outputs = OutputProcessor(None, log_stats=False, stream_interval=stream_interval)
+
+    params = SamplingParams(detokenize=False, output_kind=kind, n=num_children or 1)
+    if not num_children:
+        outputs.add_request(engine_request("r", params), None)
+        return outputs
+    parent = ParentRequest(engine_request("r", params))
     for index in range(num_children):
         child_id, child_params = parent.get_child_info(index)
-        add(child_id, child_params, parent, index)
+        outputs.add_request(engine_request(child_id, child_params), None, parent, index)
     return outputs
 
 

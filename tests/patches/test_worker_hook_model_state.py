@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
@@ -140,7 +139,8 @@ def runner(configure, one_rank: None) -> Iterator[Any]:
         runner = CPUModelRunner(config, CPU)
         runner.load_model()
         layers = runner.get_kv_cache_spec()
-        config.cache_config.kv_cache_layout = CPUAttentionBackend.supported_kv_cache_layouts()[0].name
+        (layout, *_) = CPUAttentionBackend.supported_kv_cache_layouts()
+        config.cache_config.kv_cache_layout = layout.name
         (cache,) = get_kv_cache_configs(config, [layers], [1 << 22])
         config.cache_config.num_gpu_blocks = cache.num_blocks
         runner.initialize_kv_cache(cache)

@@ -1,6 +1,6 @@
 """worker-run-segments.patch: what each segment sees of a batch, and how a pruning step runs.
 
-Without a GPU the Triton kernel runs in Triton's interpreter.
+Without a GPU the Triton kernel runs in Triton's interpreter, beside its torch reference.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group
@@ -29,6 +28,11 @@ from vllm.v1.worker.gpu.uniprefill.state import SegmentState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_REQS, MAX_TOKENS, KV_BLOCK = 6, 3000, 16
+IMPLEMENTATIONS = [
+    SegmentState.update,
+    SegmentState.update_triton,
+    SegmentState.update_reference,
+]
 
 
 # --- the state -------------------------------------------------------------------------
@@ -93,8 +97,9 @@ def naive_inputs(
     return lengths, slots
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("seed", range(8))
-def test_inputs_of_random_batches_match_a_loop(seed: int) -> None:
+def test_inputs_of_random_batches_match_a_loop(implementation, seed: int) -> None:
     """Decodes, chunked prefills, rows of drafts, rows without a slot, and padding."""
     rng = np.random.default_rng(seed)
     state = make_state(4)
@@ -105,7 +110,7 @@ def test_inputs_of_random_batches_match_a_loop(seed: int) -> None:
     if seed % 4 == 0:
         rows[-1] = 1500
     seq_lens = []
-    for req, num_rows in zip(req_indices, rows):
+    for req, num_rows in zip(req_indices, rows, strict=False):
         context = int(rng.integers(0, 400))
         seq_lens.append(context + num_rows)
         for segment in sorted(rng.integers(1, 4, size=2)):
@@ -121,7 +126,8 @@ def test_inputs_of_random_batches_match_a_loop(seed: int) -> None:
     state.seq_lens.fill_(-7)  # what an earlier batch left
     state.slot_mappings.fill_(-7)
 
-    state.update(
+    implementation(
+        state,
         range(1, 4),
         torch.tensor(req_indices, device=DEVICE),
         torch.tensor(starts, dtype=torch.int32, device=DEVICE),
@@ -131,9 +137,9 @@ def test_inputs_of_random_batches_match_a_loop(seed: int) -> None:
     )
 
     for segment in range(1, 4):
-        lengths, slots = naive_inputs(
-            state, segment, req_indices, starts, dense_lens, block_table.astype(np.int64), dense_slots
-        )
+        table = block_table.astype(np.int64)
+        batch = (req_indices, starts, dense_lens, table, dense_slots.tolist())
+        lengths, slots = naive_inputs(state, segment, *batch)
         lengths[num_reqs:] = [0] * (num_padded_reqs - num_reqs)
         assert state.seq_lens[segment, :num_padded_reqs].tolist() == lengths
         assert state.slot_mappings[segment, :num_padded].tolist() == slots
@@ -142,15 +148,19 @@ def test_inputs_of_random_batches_match_a_loop(seed: int) -> None:
     assert (state.slot_mappings[0] == -7).all()
 
 
-def test_an_update_fills_only_its_segments() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_update_fills_only_its_segments(implementation) -> None:
     state = make_state(4)
     state.drop(1, [0], [5])
     state.seq_lens.fill_(-7)
     args = [[0, 1], [9], [[3]], [77]]
     starts, lens, table, slots = (torch.tensor(a, dtype=torch.int32, device=DEVICE) for a in args)
-    state.update(range(2, 3), torch.tensor([0], device=DEVICE), starts, lens, table, slots.long())
+    index = torch.tensor([0], device=DEVICE)
+    implementation(state, range(2, 3), index, starts, lens, table, slots.long())
     assert state.seq_lens[:, 0].tolist() == [-7, -7, 4, -7]
-    assert state.slot_mappings[:, 0].tolist() == [PAD_SLOT_ID, PAD_SLOT_ID, 3 * KV_BLOCK + 3, PAD_SLOT_ID]
+    untouched = PAD_SLOT_ID
+    expected = [untouched, untouched, 3 * KV_BLOCK + 3, untouched]
+    assert state.slot_mappings[:, 0].tolist() == expected
 
 
 # --- compaction ------------------------------------------------------------------------
@@ -173,14 +183,12 @@ def make_batch(rows: list[int], slots: list[int], computed: list[int] | None = N
     batch.query_start_loc = torch.from_numpy(starts).to(DEVICE)
     batch.seq_lens = torch.from_numpy(lengths).to(DEVICE)
     batch.seq_lens_cpu_upper_bound = torch.from_numpy(lengths.copy())
-    positions = [c + i for c, n in zip(computed, rows) for i in range(n)]
+    positions = [c + i for c, n in zip(computed, rows, strict=False) for i in range(n)]
     batch.positions = torch.tensor(positions, device=DEVICE)
     return batch
 
 
-def make_pruning(
-    batch: InputBatch, batch_index: int, num_prompt: int, **budget: float
-) -> PruningRequest:
+def make_pruning(batch: InputBatch, batch_index: int, num_prompt: int, **budget: float) -> PruningRequest:
     budgets = {"top_p": None, "keep_ratio": None} | budget
     return PruningRequest(
         req_id=batch.req_ids[batch_index],
@@ -297,8 +305,7 @@ def config(configure, one_rank: None) -> VllmConfig:
 def toy(config: VllmConfig) -> ToyModel:
     with set_current_vllm_config(config):
         attention = [
-            Attention(2, 32, 1.0, num_kv_heads=1, prefix=f"model.layers.{i}.self_attn.attn")
-            for i in range(LAYERS)
+            Attention(2, 32, 1.0, num_kv_heads=1, prefix=f"model.layers.{i}.self_attn.attn") for i in range(LAYERS)
         ]
     torch.manual_seed(0)
     return ToyModel(attention).to(DEVICE).requires_grad_(False)
@@ -307,9 +314,7 @@ def toy(config: VllmConfig) -> ToyModel:
 class Step:
     """One step of the toy through the SegmentRunner, with metadata that says what was asked."""
 
-    def __init__(
-        self, config: VllmConfig, toy: ToyModel, batch: InputBatch, pruning: list[PruningRequest]
-    ) -> None:
+    def __init__(self, config: VllmConfig, toy: ToyModel, batch: InputBatch, pruning: list[PruningRequest]) -> None:
         self.config, self.toy, self.batch, self.pruning = config, toy, batch, pruning
         self.runner = SegmentRunner(config, toy, self.build_metadata)
         self.state = make_state()
@@ -331,9 +336,7 @@ class Step:
     def in_context(self, run):
         metadata, slots = {"layers of 0": 0}, {"layers of 0": self.slot_mapping}
         padding = self.batch.is_padding
-        with set_forward_context(
-            metadata, self.config, slot_mapping=slots, is_padding=padding
-        ):
+        with set_forward_context(metadata, self.config, slot_mapping=slots, is_padding=padding):
             return run()
 
     def run(self) -> torch.Tensor:
@@ -396,7 +399,7 @@ def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config,
     assert (hidden_states[~alive] == 0).all()
     # Of 10 blocks half, of those 5 again 3; of 8 (the last of 2 tokens) 4, then 2.
     assert [request.alive[0] for request in step.pruning] == [40, 30]
-    for request, start, end in zip(step.pruning, (1, 49), (41, 79)):
+    for request, start, end in zip(step.pruning, (1, 49), (41, 79), strict=False):
         assert request.alive[2] == int(alive[start:end].sum()) == request.num_prompt
         assert request.alive[0] > request.alive[1] > request.alive[2]
         assert alive[start : start + 4].all() and alive[end - 4 : end].all()  # sink, recent
@@ -408,7 +411,7 @@ def test_dropped_counts_are_those_of_each_segment(config, toy) -> None:
     step = mixed_step(config, toy, keep_ratio=0.5)
     step.run()
     check_mirror(step.state)
-    for request, slot in zip(step.pruning, (4, 5)):
+    for request, slot in zip(step.pruning, (4, 5), strict=False):
         dropped = [request.alive[0] - alive for alive in request.alive]
         assert step.state.dropped_np[:, slot].tolist() == dropped
     assert not step.state.dropped_np[:, :4].any()
@@ -419,7 +422,7 @@ def test_a_segments_metadata_is_built_from_its_rows(config, toy) -> None:
     step = mixed_step(config, toy, keep_ratio=0.5)
     step.run()
     positions = step.batch.positions.tolist()
-    for (segment, batch, slots), call in zip(step.built, toy.model.calls[1:]):
+    for (segment, batch, slots), call in zip(step.built, toy.model.calls[1:], strict=False):
         rows = [slot - 1000 for slot in slots]
         assert rows == sorted(set(rows)) and len(rows) == batch.num_tokens
         assert [positions[row] for row in rows] == call.positions == batch.positions.tolist()
@@ -553,9 +556,7 @@ def test_a_decode_sees_each_segments_compact_sequence(model_state, monkeypatch, 
     assert batch.seq_lens_cpu_upper_bound.tolist() == [61, 21]
 
 
-def test_without_pruned_requests_all_layers_share_the_dense_metadata(
-    model_state, monkeypatch
-) -> None:
+def test_without_pruned_requests_all_layers_share_the_dense_metadata(model_state, monkeypatch) -> None:
     model_state.segment_state.drop(1, [4], [10])  # not in this batch
     metadata = prepare(model_state, monkeypatch, make_batch([3, 1], [1, 0], computed=[0, 20]))
     assert len({id(value) for value in metadata.values()}) == 1 and len(metadata) == LAYERS
@@ -573,9 +574,7 @@ def test_graph_steps_fill_the_persistent_buffers_even_so(model_state, monkeypatc
     assert slots == [20]
 
 
-def test_a_pruning_step_runs_segments_and_hands_out_what_was_kept(
-    model_state, monkeypatch, config, toy
-) -> None:
+def test_a_pruning_step_runs_segments_and_hands_out_what_was_kept(model_state, monkeypatch, config, toy) -> None:
     """Its dense metadata first; the kept counts once; the next step is stock."""
     batch = make_batch([1, 40], [2, 4], computed=[60, 0])
     model_state.add_request(4, new_request("r4", decide(40)))

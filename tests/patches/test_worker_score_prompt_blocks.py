@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 import pytest
-
+import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -50,9 +49,7 @@ def tensors(num_rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def attend(config: VllmConfig, layer: Attention, query, key) -> None:
     with set_forward_context(None, config, num_tokens=len(query), slot_mapping={}):
-        unified_attention_with_output(
-            query, key, torch.zeros_like(key), torch.empty_like(query), layer.layer_name
-        )
+        unified_attention_with_output(query, key, torch.zeros_like(key), torch.empty_like(query), layer.layer_name)
 
 
 def test_the_hook_sees_query_and_key_before_the_layer_attends(config, monkeypatch) -> None:
@@ -83,9 +80,7 @@ QUERY_ROWS = [*range(25, 32), *range(36, 53)]  # each prompt's last; row 32 is a
 
 
 def expected_mass(query: torch.Tensor, key: torch.Tensor, **kwargs) -> torch.Tensor:
-    return block_mass_reference(
-        query[QUERY_ROWS], key, SPECS, block_size=BLOCK, scale=SCALE, **kwargs
-    )
+    return block_mass_reference(query[QUERY_ROWS], key, SPECS, block_size=BLOCK, scale=SCALE, **kwargs)
 
 
 def captured_mass(config: VllmConfig, layer: Attention, query, key) -> torch.Tensor:
