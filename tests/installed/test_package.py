@@ -98,11 +98,16 @@ class TestCpu:
             assert hasattr(torch.ops._C, op), op
 
     def test_one_openmp_runtime(self):
-        """Two would share the cores badly; ours must be the one that torch brings."""
-        import torch  # noqa: F401
-        from vllm.platforms import current_platform
+        """Two would share the cores badly; ours must be the one that torch brings.
 
-        current_platform.import_kernels()
-        maps = Path("/proc/self/maps").read_text()
-        runtimes = {line.split()[-1] for line in maps.splitlines() if "libgomp" in line or "libiomp" in line}
+        In a process of its own: other tests may have loaded libraries that bring theirs.
+        """
+        code = (
+            "import torch\n"
+            "from vllm.platforms import current_platform\n"
+            "current_platform.import_kernels()\n"
+            "print(open('/proc/self/maps').read())\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        runtimes = {line.split()[-1] for line in done.stdout.splitlines() if "libgomp" in line or "libiomp" in line}
         assert len({name for name in runtimes if "scikit" not in name}) == 1, runtimes

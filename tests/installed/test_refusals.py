@@ -109,6 +109,66 @@ def test_sliding_window_model(tmp_path) -> None:
         configure(path, {})
 
 
+OTHER_MODELS = {
+    "mixture-of-experts": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+    },
+    "sliding": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 64,
+        "sliding_window_pattern": 2,
+    },
+    "MLA": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 32,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 0,
+        "first_k_dense_replace": 4,
+    },
+    "hybrid": {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "M*M*",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "ssm_state_size": 16,
+        "n_groups": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("names", OTHER_MODELS)
+def test_unsupported_model(names, model, tmp_path) -> None:
+    """A configuration is enough: these are refused before any weight is read."""
+    import json
+    import shutil
+
+    shutil.copytree(model, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
+    base = json.loads((model / "config.json").read_text())
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "dtype")
+    shape += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    config = {key: base[key] for key in shape if key in base} | OTHER_MODELS[names]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        configure(tmp_path / "m", {})
+    assert FLAG in str(error.value) and names in str(error.value), str(error.value)
+
+
+def test_pooling_model(model) -> None:
+    with pytest.raises(ValueError, match=f"{FLAG} does not work with pooling"):
+        configure(model, {}, runner="pooling")
+
+
 def test_defaults_resolve(model) -> None:
     config = configure(model, {}).uniprefill_config
     assert config.top_p == 0.99 and config.keep_ratio is None and config.enabled
