@@ -134,7 +134,7 @@ def run(llm, arrivals: list[Arrival]) -> dict[int, list[int]]:
 
 
 @settings(
-    max_examples=10,
+    max_examples=7,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
