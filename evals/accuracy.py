@@ -94,10 +94,12 @@ def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    machine = about["machine"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     lines = [
         "# Needle accuracy, dense and pruned",
         "",
-        f"{about['package']} on {about['machine']}; config {json.dumps(about['uniprefill'])}; "
+        f"{about['package']} on {device}; config {json.dumps(about['uniprefill'])}; "
         f"series {about['series_sha256'][:12]}. Made by `{about['command']}`.",
         "",
         "| task | length | prompts | dense | pruned | only dense right | only pruned right | kept after each cut |",
