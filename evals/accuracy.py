@@ -64,11 +64,6 @@ def make_context(task: str, num_tokens: int, seed: int) -> list[tuple[str, str]]
     return [(" ".join(words + tail), answer) for tail, (_, answer) in zip(tails, asked, strict=False)]
 
 
-def is_right(text: str, answer: str) -> bool:
-    expected = answer.split()
-    return text.split()[: len(expected)] == expected
-
-
 def summarize(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per task and length: accuracies, how often only one was right, and the share kept."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
@@ -178,8 +173,8 @@ def main() -> int:
                             "task": task,
                             "length": length,
                             "context": context,
-                            "dense": is_right(dense.outputs[0].text, answer),
-                            "pruned": is_right(pruned.outputs[0].text, answer),
+                            "dense": needle.starts_with_answer(dense.outputs[0].text, answer),
+                            "pruned": needle.starts_with_answer(pruned.outputs[0].text, answer),
                             "kept": [segment["tokens_kept"] for segment in segments[:-1]],
                         }
                     )

@@ -219,9 +219,13 @@ def encode(text: str) -> list[int]:
 
 
 def is_correct(prompt: NeedlePrompt, completion: str) -> bool:
-    """Whether a completion starts with the answer, word by word."""
-    answer = prompt.answer.split()
-    return completion.split()[: len(answer)] == answer
+    """Whether a completion starts with the prompt's answer, word by word."""
+    return starts_with_answer(completion, prompt.answer)
+
+
+def starts_with_answer(completion: str, answer: str) -> bool:
+    expected = answer.split()
+    return completion.split()[: len(expected)] == expected
 
 
 def main(argv: list[str] | None = None) -> int:
