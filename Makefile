@@ -13,7 +13,7 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench bench-gpu \
-	rebase-check lock clean distclean
+	docker rebase-check lock clean distclean
 
 help: ## list the tasks
 	@echo 'make TASK [DEVICE=cpu|cuda] [MODEL=path-or-name] [ARGS="…"]'
@@ -58,6 +58,9 @@ bench: build ## the benchmarks of evals/
 
 bench-gpu: build ## the benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU
 	@exec sh evals/bench/gpu.sh $(ARGS)
+
+docker: ## the container image uniprefill-vllm:DEVICE, with docker or podman (scripts/docker/README.md)
+	@$(RUN)/build_image.py $(DEVICE_OPTION) -- $(ARGS)
 
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
 	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN)/rebase_check.py --to '$(TO)'

@@ -72,6 +72,11 @@ def named_commit(version_file: str) -> str | None:
     return match[2] if match else None
 
 
+def extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Unpack a verified archive; Python before 3.11.4 (Debian 12's, too) has no extraction filters."""
+    tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+
+
 def unpack(archive: Path, upstream: Upstream, layout: Layout) -> bool:
     """Unpack the sdist to build/pristine, once; False when it was there."""
     stamp = layout.state / "pristine"
@@ -82,7 +87,7 @@ def unpack(archive: Path, upstream: Upstream, layout: Layout) -> bool:
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(fresh, filter="data")
+            extract(tar, fresh)
         (inner,) = fresh.iterdir()
         version_file = inner / "vllm" / "_version.py"
         commit = named_commit(version_file.read_text()) if version_file.is_file() else None

@@ -19,7 +19,7 @@ from pathlib import Path
 import package_index
 import patchfile
 import tree
-from fetch_source import named_commit
+from fetch_source import extract, named_commit
 from fork import ForkError, Layout, run_main, say, sha256_file
 
 CLEAN, OFFSET, UPSTREAM, CONFLICT = "clean", "offset", "already upstream", "conflict"
@@ -122,7 +122,7 @@ def fetch_release(version: str, layout: Layout) -> Path:
         fresh = folder / ".fresh"
         shutil.rmtree(fresh, ignore_errors=True)
         with tarfile.open(archive) as tar:
-            tar.extractall(fresh, filter="data")
+            extract(tar, fresh)
         (inner,) = fresh.iterdir()
         inner.replace(target)
         shutil.rmtree(fresh)

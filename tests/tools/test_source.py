@@ -1,5 +1,7 @@
 """make source: where files come from and what is refused."""
 
+import tarfile
+
 import fetch_source
 import fork
 import package_index
@@ -122,3 +124,13 @@ def test_find_links_and_the_problem_said_when_nothing_offers_a_file(tmp_path):
     assert package_index.locate("vllm", "vllm-1.tar.gz", config) == (tmp_path / "vllm-1.tar.gz").as_uri()
     with pytest.raises(fork.ForkError, match="offers vllm-2.tar.gz .*pip config list"):
         package_index.locate("vllm", "vllm-2.tar.gz", config)
+
+
+def test_unpacks_with_a_python_that_has_no_extraction_filters(toy, monkeypatch):
+    """Debian 12's Python is 3.11.2, and filters came with 3.11.4."""
+    plain, data_filter = tarfile.TarFile.extractall, tarfile.data_filter
+    monkeypatch.delattr(tarfile, "data_filter")
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda self, path: plain(self, path, filter=data_filter))
+    archive = fetch_source.fetch(upstream(toy).sdist, upstream(toy).sdist_sha256, toy)
+    assert fetch_source.unpack(archive, upstream(toy), toy) is True
+    assert (toy.pristine / "vllm/core.py").read_text() == RELEASE["vllm/core.py"]
