@@ -49,7 +49,9 @@ def model_runner_of(llm: LLM) -> GPUModelRunner:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
 
-def generate(llm: LLM, prompts: Sequence[list[int]], *, max_tokens: int = 1, **arguments: Any) -> list[Any]:
+def generate(
+    llm: LLM, prompts: Sequence[list[int]], *, max_tokens: int = 1, lora_request: Any = None, **arguments: Any
+) -> list[Any]:
     """Greedy continuations of token-id prompts, with a UniPrefill report each.
 
     Arguments named `uniprefill*` go with the requests, others into SamplingParams.
@@ -62,7 +64,8 @@ def generate(llm: LLM, prompts: Sequence[list[int]], *, max_tokens: int = 1, **a
         extra_args={"uniprefill_report": 1} | extra,
         **({"temperature": 0} | rest),
     )
-    return llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
+    tokens = [TokensPrompt(prompt_token_ids=p) for p in prompts]
+    return llm.generate(tokens, params, use_tqdm=False, lora_request=lora_request)
 
 
 @dataclass

@@ -63,7 +63,6 @@ def test_bad_setting(model, setting, names) -> None:
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context-parallel"),
-        ({"enable_lora": True}, "--enable-lora"),
         ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},

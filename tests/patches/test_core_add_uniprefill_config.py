@@ -255,7 +255,6 @@ def test_a_budget_below_the_shortest_prunable_prompt_is_refused(configure) -> No
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",
         ),
-        ({"enable_lora": True}, "--enable-lora"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
         ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-attention"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import prometheus_client
@@ -10,6 +11,7 @@ import vllm  # noqa: F401  before torch
 from vllm.v1.uniprefill.policy import Decision, PrunePolicy
 from vllm.v1.uniprefill.segments import SegmentPlan
 from vllm.v1.uniprefill.stats import (
+    EndedPrefill,
     UniPrefillLogging,
     UniPrefillProm,
     UniPrefillStats,
@@ -20,10 +22,16 @@ PLAN = SegmentPlan(num_layers=8, selection_layers=(1, 5))
 CONFIG = SimpleNamespace(
     uniprefill_config=SimpleNamespace(selection_layers=[1, 5]),
     model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 8),
+    observability_config=SimpleNamespace(custom_histogram_buckets=None),
 )
 STATS = UniPrefillStats(
-    dense_reasons=["short_prompt", "short_prompt", "disabled"],
-    alive=[[1000, 500, 100], [2000, 200, 200]],
+    [
+        EndedPrefill("short_prompt", [20, 20, 20], 0.1),
+        EndedPrefill("short_prompt", [30, 30, 30], 0.2),
+        EndedPrefill("disabled", [4000, 4000, 4000], 30),
+        EndedPrefill(None, [1000, 500, 100], 1),
+        EndedPrefill(None, [2000, 200, 200], 3),
+    ]
 )
 
 
@@ -50,7 +58,7 @@ def test_prometheus_counts(registry) -> None:
     """Two engines count apart; labels are outcome and reason, and the segment."""
     prom = UniPrefillProm(CONFIG, ["model_name", "engine"], {0: ["m", "0"], 1: ["m", "1"]})
     prom.observe(STATS, 1)
-    prom.observe(UniPrefillStats(alive=[[10, 10, 10]]), 0)
+    prom.observe(UniPrefillStats([EndedPrefill(None, [10, 10, 10], 0.5)]), 0)
 
     def value(name: str, engine: str = "1", **labels: str) -> float | None:
         return registry.get_sample_value(f"vllm:uniprefill_{name}", {"model_name": "m", "engine": engine, **labels})
@@ -66,6 +74,10 @@ def test_prometheus_counts(registry) -> None:
     assert value("keep_ratio_count") == 2
     assert value("keep_ratio_sum") == pytest.approx(0.525 + (2 * 2000 + 6 * 200) / (8 * 2000))
     assert value("keep_ratio_bucket", le="0.4") == 1
+    assert value("time_to_first_token_seconds_sum", outcome="pruned") == 4
+    assert value("time_to_first_token_seconds_count", outcome="pruned") == 2
+    assert value("time_to_first_token_seconds_sum", outcome="dense") == pytest.approx(30.3)
+    assert value("time_to_first_token_seconds_sum", "0", outcome="pruned") == 0.5
 
 
 def test_nothing_registered_without_the_flag(registry) -> None:
@@ -90,7 +102,7 @@ def test_scheduler_counts_each_request_once() -> None:
 
     def request(name: str, reason: str | None, wants_report: bool) -> SimpleNamespace:
         decision = Decision(600, reason, 0.9, None, wants_report)
-        return SimpleNamespace(request_id=name, uniprefill=decision)
+        return SimpleNamespace(request_id=name, uniprefill=decision, arrival_time=time.time() - 5)
 
     pruned, dense = request("a", None, False), request("b", "disabled", True)
     kept = {"a": [600, 300, 100]}
@@ -100,6 +112,8 @@ def test_scheduler_counts_each_request_once() -> None:
         reports.append(policy.take_report(dense, kept))
         kept = None
     assert [report and report["reason"] for report in reports] == ["disabled", None, None]
-    stats = policy.take_stats()
-    assert stats == UniPrefillStats(dense_reasons=["disabled"], alive=[[600, 300, 100]])
+    first, second = policy.take_stats().prefills
+    assert (first.dense_reason, first.alive) == (None, [600, 300, 100])
+    assert (second.dense_reason, second.alive) == ("disabled", [600, 600, 600])
+    assert 5 <= first.time_to_first_token <= second.time_to_first_token < 6
     assert policy.take_stats() == UniPrefillStats()
