@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.config import VllmConfig
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
@@ -29,9 +31,11 @@ def engine(model: Path, *, uniprefill: dict[str, Any] | None, **arguments: Any) 
         "kv_cache_memory_bytes": 1 << 30,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
+        "async_scheduling": False,
         "seed": 0,
     }
-    llm = LLM(str(model), uniprefill_config=uniprefill, **(settings | arguments))
+    with _async_scheduling_on_cpu():
+        llm = LLM(str(model), uniprefill_config=uniprefill, **(settings | arguments))
     try:
         yield llm
     finally:
@@ -39,6 +43,23 @@ def engine(model: Path, *, uniprefill: dict[str, Any] | None, **arguments: Any) 
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _async_scheduling_on_cpu() -> Iterator[None]:
+    """The CPU platform turns async scheduling off, as not required; here it is what GPUs run."""
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_keep(vllm_config: VllmConfig) -> None:
+        asked = vllm_config.scheduler_config.async_scheduling
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = asked
+
+    CpuPlatform.check_and_update_config = staticmethod(check_and_keep)
+    try:
+        yield
+    finally:
+        CpuPlatform.check_and_update_config = check
 
 
 def scheduler_of(llm: LLM) -> Scheduler:

@@ -197,20 +197,6 @@ def test_preemption_happens_and_resumes_pruned(llm) -> None:
     assert_nothing_left(llm)
 
 
-def test_dense_request_never_reads_a_compacted_block(llm) -> None:
-    """A dense prompt that starts with a pruned one's tokens computes all of them itself."""
-    prompt = random.Random(77).choices(range(VOCAB), k=400)
-    [pruned] = generate(llm, [prompt], max_tokens=4, uniprefill_keep_ratio=0.3)
-    assert pruned.uniprefill["outcome"] == "pruned"
-    [dense] = generate(llm, [prompt + [1, 2, 3]], max_tokens=4, uniprefill=0)
-    assert dense.num_cached_tokens == 0
-    [again] = generate(llm, [prompt + [1, 2, 3]], max_tokens=4, uniprefill=0)
-    assert again.num_cached_tokens > 0
-    [pruned_again] = generate(llm, [prompt], max_tokens=4, uniprefill_keep_ratio=0.3)
-    assert pruned_again.num_cached_tokens == 0
-    assert pruned_again.outputs[0].token_ids == pruned.outputs[0].token_ids
-
-
 def test_reasons_of_dense_requests(llm) -> None:
     def reason(length: int, **arguments) -> str | None:
         prompt = random.Random(1).choices(range(VOCAB), k=length)
