@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from engines import engine, generate
+from engines import engine, generate, recorded_selections
 from oracle.checkpoints import make_checkpoint
+from safetensors.torch import load_file
 from vllm import SamplingParams, TokensPrompt
+from vllm.inputs import EmbedsPrompt
 
 VOCAB = 1024
 CONFIG = {
@@ -96,3 +98,20 @@ def test_chunked_dense_prompt_beside_pruned_one(model, prompts, plain) -> None:
     gaps = [r[-1] - r[-2] for r in ranked]
     assert_same_tokens(together[:1], ([list(alone.outputs[0].token_ids)], [gaps]))
     assert_same_tokens(together[1:], plain)
+
+
+def test_prompt_embeddings(model) -> None:
+    """A prompt given as embeddings is pruned like the tokens they embed."""
+    table = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
+    prompt = random.Random(5).choices(range(VOCAB), k=700)
+    with (
+        engine(model, uniprefill=CONFIG, max_model_len=2048, enable_prompt_embeds=True) as llm,
+        recorded_selections() as selections,
+    ):
+        [from_tokens] = generate(llm, [prompt], max_tokens=10)
+        params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, extra_args={"uniprefill_report": 1})
+        [from_embeds] = llm.generate([EmbedsPrompt(prompt_embeds=table[prompt])], params, use_tqdm=False)
+        first, second = selections.of([from_tokens, from_embeds])
+    assert from_embeds.uniprefill == from_tokens.uniprefill
+    assert first == second and len(first[-1]) < 700
+    assert from_embeds.outputs[0].token_ids == from_tokens.outputs[0].token_ids
