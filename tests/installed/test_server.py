@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,13 @@ TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
+def log(tmp_path_factory) -> Path:
+    """Where the server's output goes."""
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def url(log):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -38,13 +44,19 @@ def url(tmp_path_factory):
     command += ["--max-model-len", "8192", "--max-num-batched-tokens", "8448"]
     command += ["--kv-cache-memory-bytes", "256M", "--max-num-seqs", "16"]
     command += ["--distributed-executor-backend", "uni", "--chat-template", TEMPLATE]
-    with log.open("wb") as stream, server(command, stream.fileno()) as process:
-        address = f"http://127.0.0.1:{port}"
-        try:
-            wait_until_ready(process, address, 300)
-        except Exception as error:
-            raise AssertionError(log.read_text()[-3000:]) from error
-        yield address
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        log.open("wb") as stream,
+    ):
+        environment.setenv("VLLM_LOG_STATS_INTERVAL", "1")
+        environment.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        with server(command, stream.fileno()) as process:
+            address = f"http://127.0.0.1:{port}"
+            try:
+                wait_until_ready(process, address, 300)
+            except Exception as error:
+                raise AssertionError(log.read_text()[-3000:]) from error
+            yield address
 
 
 def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -195,11 +207,11 @@ def test_many_at_once(url) -> None:
 
 
 def metrics_of(url: str) -> dict[str, float]:
-    """UniPrefill's samples by name and labels other than model and engine."""
+    """UniPrefill's samples and stock's sum of TTFT, by name and labels other than model and engine."""
     text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
     samples: dict[str, float] = {}
     for line in text.splitlines():
-        if line.startswith("vllm:uniprefill"):
+        if line.startswith(("vllm:uniprefill", "vllm:time_to_first_token_seconds_sum")):
             name, value = line.rsplit(" ", 1)
             labels = re.findall(r'(outcome|reason|segment|le)="([^"]*)"', name)
             key = name.split("{")[0].removeprefix("vllm:uniprefill_")
@@ -227,6 +239,42 @@ def test_metrics_count_what_the_reports_say(url, prompt) -> None:
     for segment in range(1, len(reports[0]["segments"])):
         entered = sum(report["segments"][segment]["tokens_in"] for report in reports[:2])
         assert counted(f"kept_tokens_total segment={segment}") == entered
+    shares = [
+        sum((s["layers"][1] - s["layers"][0] + 1) * s["tokens_in"] for s in report["segments"]) / (8 * NUM_TOKENS)
+        for report in reports[:2]
+    ]
+    assert counted("keep_ratio_sum") == pytest.approx(sum(shares))
+    # Stock's clock stops when the frontend has the token, ours when the scheduler has it.
+    ours = {o: counted(f"time_to_first_token_seconds_sum outcome={o}") for o in ("pruned", "dense")}
+    assert all(counted(f"time_to_first_token_seconds_count outcome={outcome}") == 2 for outcome in ours)
+    assert min(ours.values()) > 0
+    assert 0.5 < sum(ours.values()) / counted("vllm:time_to_first_token_seconds_sum") <= 1
+
+
+def test_log_line_counts_what_ended(url, log, prompt) -> None:
+    """Within an interval or two; every prefill is in one clause only."""
+
+    def logged() -> tuple[int, int]:
+        clauses = re.findall(r"UniPrefill: (\d+) pruned \([\d.]+% computed\), (\d+) dense", log.read_text())
+        return sum(int(pruned) for pruned, _ in clauses), sum(int(dense) for _, dense in clauses)
+
+    def settled() -> tuple[int, int]:
+        """When the clauses have caught up with the metrics."""
+        for _ in range(100):
+            counts = metrics_of(url)
+            pruned = counts["requests_total outcome=pruned reason="]
+            dense = sum(n for key, n in counts.items() if key.startswith("requests_total outcome=dense"))
+            if logged() == (pruned, dense):
+                return logged()
+            time.sleep(0.1)
+        raise AssertionError(f"the log says {logged()}, the metrics {(pruned, dense)}")
+
+    complete(url, prompt.text)
+    before = settled()
+    complete(url, prompt.text)
+    complete(url, prompt.text, {"uniprefill": 0})
+    complete(url, "what is k1 ?")
+    assert settled() == (before[0] + 1, before[1] + 2)
 
 
 def test_client_that_leaves_frees_its_request(url, prompt) -> None:
