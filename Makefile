@@ -48,7 +48,7 @@ demo: build ## one long prompt, dense and pruned: answers, tokens kept, time to 
 
 test: build ## every test of the fork
 	@$(RUN)/build.py --wheel-only --device cuda
-	@exec $(VENV) -m pytest tests $(ARGS)
+	@exec $(VENV) -m pytest tests -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-upstream: build ## vLLM's own CPU tests, on the release and on the patched tree; the difference must be empty
 	@exec $(VENV) scripts/upstream_tests.py $(ARGS)

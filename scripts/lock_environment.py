@@ -13,11 +13,11 @@ from build import choose_device, has_nvidia_gpu
 
 
 def constraints(freeze: str) -> str:
-    """`pip freeze` as constraints: no vLLM, no local versions, no local paths."""
+    """`pip freeze` as constraints: no pip, no vLLM, no local versions, no local paths."""
     lines = []
     for line in freeze.splitlines():
         match = re.fullmatch(r"([A-Za-z0-9._-]+)==([^+\s]+)(\+\S+)?", line.strip())
-        if match and match[1].lower() != "vllm":
+        if match and match[1].lower() not in ("pip", "vllm"):
             lines.append(f"{match[1]}=={match[2]}")
         elif not match and not line.startswith("vllm"):
             raise ForkError(f"build/venv holds {line!r}, which no index serves; remove it first.")
@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="", help="cpu or cuda; default: as `make build` chooses")
     device = choose_device(parser.parse_args().device, has_nvidia_gpu())
-    done = subprocess.run([Layout().python, "-m", "pip", "freeze"], capture_output=True, text=True, check=True)
+    done = subprocess.run([Layout().python, "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True)
     target = SCRIPTS / f"constraints-{device}.txt"
     changed = write_if_changed(target, constraints(done.stdout).format(device=device).encode())
     say(f"{target.name}: {'written' if changed else 'unchanged'}")
