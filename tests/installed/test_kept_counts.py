@@ -35,6 +35,7 @@ def llm(request, checkpoint):
         max_model_len=1024,
         enable_prefix_caching=True,
         async_scheduling=request.param,
+        disable_log_stats=False,
         max_logprobs=-1,
         logprobs_mode="raw_logits",
     ) as llm:
@@ -104,8 +105,6 @@ def test_counts_of_many_in_flight_are_their_own(llm) -> None:
     """Prompts of eleven lengths, some dense, arriving while others decode."""
     lengths = [90, 500, 300, 101, 700, 99, 256, 450, 620, 380, 150]
     engine_core, outputs = llm.llm_engine, {}
-    stats = scheduler_of(llm).uniprefill.stats.prefills
-    stats.clear()
     waiting = list(enumerate(lengths))
     with recorded_selections() as selections:
         while waiting or engine_core.has_unfinished_requests():

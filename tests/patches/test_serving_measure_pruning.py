@@ -98,7 +98,7 @@ def test_log_clause_covers_one_interval() -> None:
 def test_scheduler_counts_each_request_once() -> None:
     """At its first output, whether or not the request wants a report."""
     policy = PrunePolicy.__new__(PrunePolicy)
-    policy.segments, policy.stats = PLAN.segments, UniPrefillStats()
+    policy.segments, policy.stats, policy.log_stats = PLAN.segments, UniPrefillStats(), True
 
     def request(name: str, reason: str | None, wants_report: bool) -> SimpleNamespace:
         decision = Decision(600, reason, 0.9, None, wants_report)
@@ -117,3 +117,13 @@ def test_scheduler_counts_each_request_once() -> None:
     assert (second.dense_reason, second.alive) == ("disabled", [600, 600, 600])
     assert 5 <= first.time_to_first_token <= second.time_to_first_token < 6
     assert policy.take_stats() == UniPrefillStats()
+
+
+def test_nothing_piles_up_where_nobody_takes_it() -> None:
+    """With --disable-log-stats the scheduler never asks."""
+    policy = PrunePolicy.__new__(PrunePolicy)
+    policy.segments, policy.stats, policy.log_stats = PLAN.segments, UniPrefillStats(), False
+    decision = Decision(600, None, 0.9, None, wants_report=True)
+    request = SimpleNamespace(request_id="a", uniprefill=decision, arrival_time=time.time())
+    assert policy.take_report(request, {"a": [600, 300, 100]})["outcome"] == "pruned"
+    assert policy.stats == UniPrefillStats()
