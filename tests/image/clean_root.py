@@ -229,7 +229,9 @@ class Container:
         return subprocess.run([*into, *settings, *words], capture_output=True, text=True, timeout=timeout)
 
     def is_healthy(self) -> bool:
-        """Whether the image's health check passes now."""
+        """Whether the image's health check passes now; it cannot in a container that has ended."""
+        if self.process.poll() is not None:
+            return False
         health = self.config.health
         return self.execute(list(health.words), float(health.options["timeout"].removesuffix("s"))).returncode == 0
 

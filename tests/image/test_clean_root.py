@@ -148,7 +148,7 @@ def test_process_1_is_the_server_and_no_root(served):
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{container.pid}/status").read_text().splitlines())
     assert status["Uid"].split() == ["2000"] * 4 and status["Gid"].split() == ["0"] * 4
     words = Path(f"/proc/{container.pid}/cmdline").read_text().split("\0")
-    assert words[1:3] == ["/opt/vllm/bin/vllm", "serve"] and '{"top_p": 0.99}' in words
+    assert words[1:3] == ["/opt/vllm/bin/vllm", "serve"] and words[-3:-1] == ["--uniprefill-config", '{"top_p": 0.99}']
     code = "import os; print(os.getuid(), os.getpid() != 1, os.getcwd(), os.environ['HOME'], os.path.exists('/work'))"
     assert inside(container, code) == "2000 True /home/vllm /home/vllm False"
     assert (

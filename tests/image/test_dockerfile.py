@@ -49,6 +49,11 @@ def walk(target, text=TEXT, arguments=ARGUMENTS):
     return config, engine.steps
 
 
+def fake(folder, name, body):
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
 # the parser and the walk
 
 
@@ -152,17 +157,41 @@ def test_an_image_says_what_it_is(target):
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_a_container_serves_with_our_flag_as_no_root(target):
+def test_a_container_starts_our_programs_as_no_root(target):
     config, steps = walk(target)
-    program, command, flag, value = config.entrypoint
-    assert (program, command, flag) == ("vllm", "serve", "--uniprefill-config")
-    assert json.loads(value) == {"top_p": 0.99} and config.command == ()
+    assert config.entrypoint == ("sh", "/opt/uniprefill/entrypoint.sh") and config.command == ()
     assert config.user == "2000:0" and config.env["HOME"] == config.workdir == "/home/vllm"
-    assert config.ports == ("8000",)
+    assert json.loads(config.env["UNIPREFILL_CONFIG"]) == {"top_p": 0.99} and config.ports == ("8000",)
     assert config.health.words == ("python3", "/opt/uniprefill/healthcheck.py")
-    copied = [step for step in steps if step[0] == "COPY" and step[2] == ["scripts/docker/healthcheck.py"]]
-    assert copied[0][3] == "/opt/uniprefill/healthcheck.py"
     assert set(config.health.options) == {"interval", "timeout", "start-period", "retries"}
+    (copied,) = [step for step in steps if step[0] == "COPY" and step[3].startswith("/opt/uniprefill")]
+    assert copied[2:4] == (["scripts/docker/entrypoint.sh", "scripts/docker/healthcheck.py"], "/opt/uniprefill/")
+
+
+OURS = ["--uniprefill-config", '{"top_p": 0.99}']
+
+
+@pytest.mark.parametrize(
+    ("setting", "arguments", "passed"),
+    [
+        (None, ["a model", "--max-model-len", "99"], ["a model", "--max-model-len", "99", *OURS]),
+        (None, [], OURS),
+        (None, ["m", "--uniprefill-config", "{}"], ["m", "--uniprefill-config", "{}"]),
+        (None, ["m", "--uniprefill_config={}"], ["m", "--uniprefill_config={}"]),
+        (None, ["m", "--uniprefill-config.top_p", ".5"], ["m", "--uniprefill-config.top_p", ".5"]),
+        ('{"top_p": 1}', ["m"], ["m", "--uniprefill-config", '{"top_p": 1}']),
+        ("", ["m", "--port", "1"], ["m", "--port", "1"]),
+    ],
+)
+def test_the_entrypoint_is_vllm_serve_with_our_flag(tmp_path, setting, arguments, passed):
+    fake(tmp_path, "vllm", 'printf "%s\\n" "$@"')
+    config, _ = walk("cpu")
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "UNIPREFILL_CONFIG": config.env["UNIPREFILL_CONFIG"]}
+    if setting is not None:
+        environment["UNIPREFILL_CONFIG"] = setting
+    command = ["sh", ROOT / "scripts/docker/entrypoint.sh", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["serve", *passed], done.stderr
 
 
 def test_it_builds_with_the_scripts_of_make_build():
@@ -205,10 +234,11 @@ def test_the_official_image_has_the_user_and_the_home_that_ours_runs_with():
 def test_the_context_has_what_the_build_reads_and_nothing_else():
     files = Ignore((ROOT / ".dockerignore").read_text()).files(ROOT)
     names = {"Makefile", "UPSTREAM", "VERSION", "patches/series", "scripts/build.py", "scripts/overlay_wheel.py"}
-    assert names | {"scripts/docker/healthcheck.py", "scripts/constraints-cpu.txt"} <= set(files)
+    started = {"scripts/docker/entrypoint.sh", "scripts/docker/healthcheck.py"}
+    assert names | {"scripts/constraints-cpu.txt"} <= set(files)
     assert {f"patches/{name}" for name, _ in fork.read_series(fork.Layout().series)} <= set(files)
     assert {file.split("/")[0] for file in files} == {"Makefile", "UPSTREAM", "VERSION", "patches", "scripts"}
-    assert [file for file in files if file.startswith("scripts/docker/")] == ["scripts/docker/healthcheck.py"]
+    assert {file for file in files if file.startswith("scripts/docker/")} == started
     assert not [file for file in files if file.endswith((".pyc", "~")) or "__pycache__" in file]
 
 
@@ -258,11 +288,6 @@ def test_the_health_check_passes_where_health_answers(healthcheck, monkeypatch, 
 
 
 # make docker
-
-
-def fake(folder, name, body):
-    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
-    (folder / name).chmod(0o755)
 
 
 def run_build_image(path, *arguments):
