@@ -2,9 +2,13 @@
 PYTHON ?= python3
 # cpu or cuda; empty: cuda where there is an NVIDIA GPU
 DEVICE ?=
-# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the benchmark (bench)
+# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the benchmark (bench), to the evaluation (eval)
 ARGS ?=
 MODEL ?=
+# of eval: 4K,16K; samples of each task and length; tasks or groups
+LENGTHS ?=
+LIMIT ?=
+TASKS ?=
 TO ?=
 
 RUN := $(PYTHON) scripts
@@ -12,7 +16,7 @@ VENV := build/venv/bin/python
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench bench-gpu \
+.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench eval bench-gpu \
 	docker rebase-check lock clean distclean
 
 help: ## list the tasks
@@ -55,6 +59,10 @@ test-upstream: build ## vLLM's own CPU tests, on the release and on the patched 
 
 bench: build ## the benchmarks of evals/
 	@exec $(VENV) -m evals.bench $(ARGS)
+
+eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
+	@exec $(VENV) -m evals.lm $(if $(MODEL),--model '$(MODEL)') $(if $(LENGTHS),--lengths '$(LENGTHS)') \
+		$(if $(LIMIT),--limit '$(LIMIT)') $(if $(TASKS),--tasks '$(TASKS)') $(ARGS)
 
 bench-gpu: build ## the benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU
 	@exec sh evals/bench/gpu.sh $(ARGS)

@@ -1,0 +1,1 @@
+"""What the task files of evals/tasks/ are filled with: prompts made on this machine, from a seed, for any tokenizer."""
