@@ -131,7 +131,19 @@ class CleanRoot:
         handle, path = tempfile.mkstemp(dir=self.work, suffix=".json")
         with os.fdopen(handle, "w") as out:
             json.dump(spec, out)
-        namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"]
+        # whatever ends this process ends the command too
+        namespaces = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--propagation",
+            "private",
+        ]
         return [*namespaces, sys.executable, str(ENTER), path]
 
     def run(self, image: Path, words: list[str], config: Config, env: dict[str, str], mounts: list[dict]) -> None:
@@ -199,7 +211,7 @@ class CleanRoot:
             try:
                 yield Container(process, config, self.user(image, config.user), config.env | env)
             finally:
-                process.kill()  # --kill-child ends process 1, and with it the whole PID namespace
+                process.kill()  # its process 1 dies with it, and with that the whole PID namespace
                 process.wait()
 
 
@@ -212,12 +224,10 @@ class Container:
         self.process, self.config, self.user, self.env = process, config, user, env
 
     @property
-    def pid(self) -> int:
-        """Process 1's number outside."""
+    def pid(self) -> int | None:
+        """Process 1's number outside; None before it starts and after it ended."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        if not children:
-            raise Failed("the container has ended")
-        return int(children[0])
+        return int(children[0]) if children else None
 
     def execute(self, words: list[str], timeout: float) -> subprocess.CompletedProcess:
         """A command beside process 1: same namespaces, root, user and environment."""
@@ -229,8 +239,8 @@ class Container:
         return subprocess.run([*into, *settings, *words], capture_output=True, text=True, timeout=timeout)
 
     def is_healthy(self) -> bool:
-        """Whether the image's health check passes now; it cannot in a container that has ended."""
-        if self.process.poll() is not None:
+        """Whether the image's health check passes now; it cannot before process 1 starts or after it ended."""
+        if self.pid is None:
             return False
         health = self.config.health
         return self.execute(list(health.words), float(health.options["timeout"].removesuffix("s"))).returncode == 0

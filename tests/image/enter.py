@@ -4,12 +4,15 @@ Started in mount and PID namespaces of its own, with a JSON file that says root,
 uid, gid and words.
 """
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 
 
@@ -49,6 +52,9 @@ def main() -> None:
     os.setgid(spec["gid"])
     os.setuid(spec["uid"])
     os.umask(0o022)
+    # unshare --kill-child set this, and the change of user undid it
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl")
     os.execvpe(spec["words"][0], spec["words"], spec["env"])
 
 

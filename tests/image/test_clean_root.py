@@ -27,7 +27,7 @@ from evals.needle.prompts import is_correct, make_prompt
 
 ROOT = fork.ROOT
 FOLDER = ROOT / "build" / "image"
-TOOLS = ("debootstrap", "unshare", "nsenter")
+TOOLS = ("debootstrap", "setpriv", "unshare", "nsenter")
 NEEDLE = {str(ROOT / "evals" / "needle"): "/models"}
 ARGUMENTS = ["/models/model", "--served-model-name", "needle", "--max-model-len", "8192"]
 ARGUMENTS += ["--max-num-batched-tokens", "8448", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "256M"]
