@@ -149,7 +149,7 @@ def test_an_image_says_what_it_is(target):
         "org.opencontainers.image.licenses": "Apache-2.0",
         "org.opencontainers.image.base.name": base[target],
         "org.opencontainers.image.version": (ROOT / "VERSION").read_text().strip(),
-        "org.opencontainers.image.revision": build_image.revision(),
+        "org.opencontainers.image.revision": ARGUMENTS["REVISION"],
         "uniprefill.series-sha256": fork.series_sha256(fork.Layout()),
         "uniprefill.upstream-tag": upstream.tag,
         "uniprefill.upstream-commit": upstream.commit,
