@@ -1,0 +1,127 @@
+"""The needle model served by `vllm serve` on a free port of this machine, and its metrics."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import evals.provenance  # noqa: F401  puts scripts/ on the path
+
+# isort: split
+from fork import ForkError
+from serve import server, wait_until_ready
+
+NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
+NAME = "needle"
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+READY_SECONDS = 300.0
+SAMPLE = re.compile(r"^(?P<name>[a-z_:A-Z0-9]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
+
+
+class Metrics:
+    """What /metrics said at one moment."""
+
+    def __init__(self, text: str) -> None:
+        self.samples = [
+            (found["name"], dict(re.findall(r'(\w+)="([^"]*)"', found["labels"] or "")), float(found["value"]))
+            for found in map(SAMPLE.match, text.splitlines())
+            if found
+        ]
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum over all samples of that name with these labels.
+
+        Raises:
+            KeyError: if no sample has that name.
+
+        """
+        named = [(given, value) for sample, given, value in self.samples if sample == name]
+        if not named:
+            raise KeyError(name)
+        return sum(value for given, value in named if labels.items() <= given.items())
+
+    def by_label(self, name: str, label: str) -> dict[str, float]:
+        """The sums over the samples of that name, one per value of a label."""
+        values = {given[label]: 0.0 for sample, given, _ in self.samples if sample == name}
+        return {value: self.total(name, **{label: value}) for value in values}
+
+
+@dataclass(frozen=True)
+class LiveServer:
+    """A server that answers; its process leads the session of all that it started."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    def metrics(self) -> Metrics:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            return Metrics(response.read().decode())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def serve_command(port: int, options: Mapping[str, str | None], model: Path = NEEDLE_MODEL) -> list[str]:
+    """`vllm serve`, reachable from this machine only; an option of value None stands alone."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    fixed = {
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--served-model-name": NAME,
+        "--enforce-eager": None,
+        "--distributed-executor-backend": "uni",
+    }
+    for option, value in (fixed | options).items():
+        command += [option] if value is None else [option, value]
+    return command
+
+
+@contextmanager
+def live_server(
+    options: Mapping[str, str | None],
+    log: Path,
+    model: Path = NEEDLE_MODEL,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[LiveServer]:
+    """Serve until the block ends; then nothing of the server runs.
+
+    Args:
+        options: of `vllm serve`; one of value None stands alone.
+        log: where the server's output goes.
+        model: a folder.
+        environment: set for the server beside what this process has.
+
+    Raises:
+        ForkError: if it does not get ready, with the last lines of its log.
+
+    """
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = serve_command(port, options, model)
+    with ExitStack() as stack:
+        stream = stack.enter_context(log.open("wb"))
+        with patch.dict(os.environ, environment or {}):
+            process = stack.enter_context(server(command, stream.fileno()))
+        try:
+            wait_until_ready(process, url, READY_SECONDS)
+        except ForkError as error:
+            raise ForkError(f"{error}\n{last_lines(log)}") from None
+        yield LiveServer(process, url, log)
+
+
+def last_lines(log: Path, count: int = 15) -> str:
+    lines: Sequence[str] = log.read_text(errors="replace").splitlines()
+    return "\n".join(line for line in lines[-count:] if line.strip())

@@ -1,0 +1,166 @@
+"""One soak: serve, warm up, send the traffic, look for what is left, stop under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+from evals.live_server import CHAT_TEMPLATE, LiveServer, live_server
+from evals.needle.prompts import is_correct, make_prompt
+from evals.soak.traffic import COMPLETIONS, CROWD_CLIENTS, TASK, VARIANTS, Traffic, make_questions
+from evals.soak.watch import Memory, growth, open_files, processes_of, settle, stop
+
+MAX_MODEL_LEN = 8192
+OPTIONS: dict[str, str | None] = {
+    "--uniprefill-config": '{"top_p": 0.99}',
+    "--max-model-len": str(MAX_MODEL_LEN),
+    "--max-num-batched-tokens": "8448",
+    "--max-num-seqs": "16",
+    "--block-size": "32",
+    "--kv-cache-memory-bytes": "34M",  # 8,704 tokens: a few long requests fill it, so some are preempted
+    "--enable-scale-out": None,  # has the route that aborts requests
+    "--chat-template": CHAT_TEMPLATE,
+}
+# glibc keeps freed memory of the CPU backend's tensors in its heap, more of it the longer the server runs, the
+# release's too; with these, what is freed goes back to the system, and what grows is in use.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_ARENA_MAX": "1"}
+# Most that the resident memory of all processes together may grow after the warm-up, in MiB.
+GROWTH_MIB = 48.0
+MORE_FILES = 16  # connections that the server has not closed yet
+SETTLE_SECONDS = 30.0
+STOP_SECONDS = 30.0
+STOP_REQUESTS = 12
+
+
+def soak(seconds: float, log: Path, *, seed: int = 0, questions: int = 18) -> dict[str, Any]:
+    """Run one soak; what came of it, for `problems`."""
+    with live_server(OPTIONS, log, environment=ENVIRONMENT) as server:
+        result = asyncio.run(run(server, seconds, seed, questions))
+        # what the server writes while it is stopped is another matter
+        result["tracebacks"] = log.read_text(errors="replace").count("Traceback (most recent call last)")
+        result["stop"] = asyncio.run(stop_under_load(server))
+    return result
+
+
+async def run(server: LiveServer, seconds: float, seed: int, count: int) -> dict[str, Any]:
+    asked = make_questions(count)
+    async with Traffic(server.url, asked, seed) as traffic:
+        # Only what a request answers right alone can be held against it in a crowd.
+        known = [q for q in asked if all([await traffic.ask_alone(q, variant) for variant in VARIANTS])]
+        traffic.questions = known
+        files = open_files(server)
+        before = await asyncio.to_thread(server.metrics)
+        memory = Memory(processes_of(server))
+        watch = asyncio.create_task(memory.watch(min(2.0, seconds / 100)))
+        started = time.monotonic()
+        await traffic.run(seconds)
+        lasted = time.monotonic() - started
+        watch.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watch
+        left = await settle(server, SETTLE_SECONDS)
+        after = await asyncio.to_thread(server.metrics)
+        # takes all blocks of the KV cache but a few: a leaked one would keep it waiting
+        longest = make_prompt(TASK, MAX_MODEL_LEN - 8, 1)
+        async with traffic.session.post(COMPLETIONS, json=traffic.body(longest, VARIANTS["pruned"], 8)) as response:
+            whole_cache = response.status == 200 and is_correct(longest, (await response.json())["choices"][0]["text"])
+        tally = traffic.tally
+    return {
+        "seconds": lasted,
+        "questions": {"asked": len(asked), "answered alone": len(known)},
+        "done": dict(tally.done.most_common()),
+        "most_at_once": tally.most_at_once,
+        "checked": dict(tally.checked),
+        "wrong": tally.wrong,
+        "failures": tally.failures,
+        "preemptions": after.total("vllm:num_preemptions_total") - before.total("vllm:num_preemptions_total"),
+        "outcomes": after.by_label("vllm:uniprefill_requests_total", "outcome"),
+        "left": left,
+        "whole_cache_answered": whole_cache,
+        "open_files": {"before": files, "after": open_files(server)},
+        "memory": {
+            "samples": len(memory.seconds),
+            "quarters_mib": memory.medians(4),
+            "course_mib": memory.medians(20)["all"],
+        },
+    }
+
+
+async def stop_under_load(server: LiveServer) -> dict[str, Any]:
+    """SIGTERM while prompts are prefilled and tokens generated; what became of both sides."""
+    async with Traffic(server.url, [], 0) as traffic:
+
+        async def client(number: int) -> str:
+            body = traffic.body(make_prompt(TASK, 3000, number), VARIANTS["pruned"], 2000)
+            try:
+                async with traffic.session.post(COMPLETIONS, json=body) as response:
+                    await response.read()
+                    return f"HTTP {response.status}"
+            except Exception as error:  # whatever way the connection ends
+                return type(error).__name__
+
+        clients = [asyncio.create_task(client(number)) for number in range(STOP_REQUESTS)]
+        running = 0.0
+        for _ in range(60):
+            running = (await asyncio.to_thread(server.metrics)).total("vllm:num_requests_running")
+            if running:
+                break
+            await asyncio.sleep(0.25)
+        result = await asyncio.to_thread(stop, server, STOP_SECONDS)
+        _, waiting = await asyncio.wait(clients, timeout=5)
+        for task in waiting:
+            task.cancel()
+    return result | {
+        "running_before": running,
+        "clients": sorted(task.result() for task in clients if task not in waiting),
+        "clients_left_waiting": len(waiting),
+    }
+
+
+def problems(result: dict[str, Any]) -> list[str]:
+    """What must not be, each in one sentence."""
+    found = [f"Wrong answer: {wrong}." for wrong in result["wrong"]]
+    found += [f"Failed: {failure}." for failure in result["failures"]]
+    for name, value in result["left"].items():
+        if value:
+            found.append(f"With no request under way, {name} is {value:g}.")
+    if not result["whole_cache_answered"]:
+        found.append("A prompt that takes the whole KV cache was not answered right at the end.")
+    grown = growth(result["memory"]["quarters_mib"]["all"])
+    if grown > GROWTH_MIB:
+        found.append(f"Memory grew by {grown:.0f} MiB after the warm-up, more than {GROWTH_MIB:.0f}.")
+    files = result["open_files"]
+    for name, before in files["before"].items():
+        if files["after"][name] > before + MORE_FILES:
+            found.append(f"Open files of the {name} grew from {before} to {files['after'][name]}.")
+    if result["tracebacks"]:
+        found.append(f"The server's log has {result['tracebacks']} tracebacks.")
+    stopped = result["stop"]
+    if stopped["exit_code"] != 0:
+        found.append(f"SIGTERM under load ended the server with exit code {stopped['exit_code']}, not 0.")
+    if stopped["left_running"]:
+        found.append(f"{STOP_SECONDS:.0f} s after SIGTERM still there: {', '.join(stopped['left_running'])}.")
+    if stopped["clients_left_waiting"]:
+        found.append(f"{stopped['clients_left_waiting']} clients still waited for an answer after the server ended.")
+    return found + untested(result)
+
+
+def untested(result: dict[str, Any]) -> list[str]:
+    """What the soak was to do and did not, so that its silence proves nothing."""
+    found = []
+    known, asked = result["questions"]["answered alone"], result["questions"]["asked"]
+    if known < 0.9 * asked:
+        found.append(f"Only {known} of {asked} questions are answered right by a request alone.")
+    if result["preemptions"] < 1:
+        found.append("No request was preempted; the KV cache is too large for this.")
+    if result["most_at_once"] < CROWD_CLIENTS:
+        found.append(f"Only {result['most_at_once']} requests were under way at once, not {CROWD_CLIENTS}.")
+    expected = {*Traffic("", [], 0).actions, "aborted, ended by abort"}
+    found += [f"Nothing of the kind {kind!r} was done." for kind in sorted(expected - set(result["done"]))]
+    found += [f"No answer was checked of the variant {v}." for v in VARIANTS if not result["checked"].get(v)]
+    if not result["stop"]["running_before"]:
+        found.append("Nothing ran when the server was stopped.")
+    return found
