@@ -64,8 +64,12 @@ eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluatio
 	@exec $(VENV) -m evals.lm $(if $(MODEL),--model '$(MODEL)') $(if $(LENGTHS),--lengths '$(LENGTHS)') \
 		$(if $(LIMIT),--limit '$(LIMIT)') $(if $(TASKS),--tasks '$(TASKS)') $(ARGS)
 
-bench-gpu: build ## the benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU
-	@exec sh evals/bench/gpu.sh $(ARGS)
+bench-gpu: ## kernel checks and benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU, in one call
+	@exec sh evals/gpu/run.sh $(ARGS)
+
+pack-gpu: ## pieces that bring bench-gpu to a machine without a network, in build/gpu
+	@$(RUN)/build.py $(DEVICE_OPTION)
+	@exec $(VENV) -m evals.gpu.pack $(ARGS)
 
 docker: ## the container image uniprefill-vllm:DEVICE, with docker or podman (scripts/docker/README.md)
 	@$(RUN)/build_image.py $(DEVICE_OPTION) -- $(ARGS)

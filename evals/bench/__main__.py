@@ -1,10 +1,15 @@
 """Measure what UniPrefill gains and costs on this machine.
 
-Four parts:
+Seven parts:
   ttft        time to first token, dense and pruned, over prompt lengths
   efficiency  with a fixed keep_ratio: the gain against the one that dense prefills at the kept
               lengths predict, for the first cut alone and for all cuts
-  breakdown   where the time of those pruned prefills goes, in runs of their own
+  breakdown   where the time of those pruned prefills goes, in runs of their own: embedding, each
+              segment, selection, compaction, metadata, sampling
+  concurrency time to first token of 1, 4 and 16 prompts sent together
+  poisson     throughput and time between tokens of a random mix of short and long prompts
+  kernels     the selection alone, without an engine: against the floors that memory and matrix
+              units set, and against plain torch that holds all scores
   decode      time per token: pristine release, fork without the flag, with it after a dense and
               after a pruned prefill; each in processes of its own
 
@@ -30,23 +35,25 @@ from typing import Any
 
 from fork import ROOT, ForkError, run_main, say
 
-from evals.bench import decode, parts, report
+from evals.bench import decode, kernels, parts, report, traffic
 from evals.bench.arithmetic import ModelShape
 from evals.bench.engine import (
     engine,
     engine_arguments,
     keep_ratio_variant,
     prepare_environment,
+    refusal,
     top_p_variants,
 )
-from evals.bench.expectations import expectations, not_measured
+from evals.bench.expectations import PARTS, expectations, not_measured
 from evals.bench.shapes import SHAPES, Prompts, Shape, model_folder
 from evals.needle.prompts import MAX_TOKENS
 from evals.provenance import provenance
 
-PARTS = ("ttft", "efficiency", "breakdown", "decode")
-MIN_LENGTH = 1024  # shorter prompts are prefilled densely
 IN_PROCESS = ("ttft", "efficiency", "breakdown")
+TRAFFIC = ("concurrency", "poisson")
+POISSON_TOKENS = 32  # that each request of poisson generates
+MIN_LENGTH = 1024  # shorter prompts are prefilled densely
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -98,16 +105,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--shape",
         choices=list(SHAPES),
         default="needle",
-        help="needle: the tiny model of evals/needle, for a CPU; llama-3.1-8b: dummy weights in "
-        "that model's shape, bf16, for an 80 GB GPU (default: %(default)s)",
+        help="needle: the tiny model of evals/needle, for a CPU; the others: dummy weights in that "
+        "model's shape, bf16, for an 80 GB GPU (tiny: for a test); of a model that the engine "
+        "refuses only the kernels are measured (default: %(default)s)",
     )
     add("--model", type=Path, metavar="FOLDER", help="load this model instead of the shape's")
     add(
         "--lengths",
         type=lengths_argument,
         metavar="N,N",
-        help="prompt tokens (default: 2K to 32K for needle, 32K to 128K for llama-3.1-8b); "
-        "efficiency and breakdown use 8K and 16K, or 128K, of them, or else the longest",
+        help="prompt tokens (default: the shape's, 2K to 32K for needle, 32K to 128K for the "
+        "large ones); efficiency and breakdown use 8K and 16K, or 128K, of them, or else the longest",
     )
     add("--repeats", type=repeats_argument, default=5, help="repetitions (default: %(default)s)")
     add(
@@ -121,10 +129,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--selection-layers",
         type=numbers,
         metavar="N,N",
-        help="cut after these layers (default: 1,3,5 for needle, 7 for llama-3.1-8b)",
+        help="cut after these layers (default: the shape's; 1,3,5 for needle, 7 for llama-3.1-8b)",
     )
     add("--top-p", type=share_argument, default=0.99, help="(default: %(default)s)")
-    add("--keep-ratio", type=share_argument, help="(default: .2 needle, .3 llama-3.1-8b)")
+    add("--keep-ratio", type=share_argument, help="(default: .2 for needle, else .3)")
+    add("--traffic-length", type=int, metavar="N", help="prompt tokens of concurrency and poisson's long ones")
+    add("--kernel-lengths", type=numbers, metavar="N,N", help="keys of the part kernels (default: the shape's)")
+    add("--arrivals", type=repeats_argument, default=24, help="requests of poisson (default: %(default)s)")
+    add("--decode-rounds", type=repeats_argument, default=decode.ROUNDS, help="(default: %(default)s)")
     add(
         "--pristine",
         type=Path,
@@ -146,7 +158,7 @@ def chosen_shape(args: argparse.Namespace) -> Shape:
     shape = SHAPES[args.shape]
     given = {
         name: getattr(args, name)
-        for name in ("lengths", "selection_layers", "keep_ratio")
+        for name in ("lengths", "selection_layers", "keep_ratio", "traffic_length", "kernel_lengths")
         if getattr(args, name) is not None
     }
     shape = replace(shape, **given)
@@ -201,6 +213,44 @@ def engine_parts(
             yield "breakdown", parts.measure_breakdown(bench, tokens, fixed)
 
 
+def traffic_part(
+    args: argparse.Namespace, shape: Shape, model: Path, load_format: str, prompts: Prompts
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(part, row) of concurrency and poisson, on an engine that runs many requests together."""
+    say(f"starting an engine for {max(traffic.CONCURRENCY)} requests together")
+    arguments = engine_arguments(
+        model, load_format, shape.traffic_length, POISSON_TOKENS, seqs=2 * max(traffic.CONCURRENCY), resident=4
+    )
+    config = {"selection_layers": list(shape.selection_layers)}
+    variant = keep_ratio_variant(shape.keep_ratio)
+    with engine(arguments | {"uniprefill_config": config, "enforce_eager": True}) as llm:
+        bench = parts.Bench(llm, ModelShape.of(model), prompts, args.repeats)
+        if "concurrency" in args.parts:
+            for together in traffic.CONCURRENCY:
+                yield "concurrency", traffic.measure_concurrency(bench, shape.traffic_length, together, variant)
+        if "poisson" in args.parts:
+            yield (
+                "poisson",
+                traffic.measure_poisson(
+                    bench, shape.traffic_length, variant, count=args.arrivals, new_tokens=POISSON_TOKENS
+                ),
+            )
+        del bench, llm
+
+
+def kernels_part(
+    args: argparse.Namespace, shape: Shape, model: ModelShape, device: str, result: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(part, row); this machine's ceilings go into the result beside them."""
+    result["ceilings"] = rates = kernels.ceilings(device, small=shape.name == "tiny")
+    result["too_long_for_plain_torch"] = [
+        n for n in shape.kernel_lengths if not kernels.fits(model, n, kernels.free_memory(device))
+    ]
+    for tokens in shape.kernel_lengths:
+        if tokens not in result["too_long_for_plain_torch"]:
+            yield "kernels", kernels.measure_kernels(model, tokens, args.repeats, rates, device)
+
+
 def decode_part(
     args: argparse.Namespace,
     shape: Shape,
@@ -210,6 +260,8 @@ def decode_part(
     device: str,
 ) -> dict[str, Any]:
     arguments = engine_arguments(model, load_format, max(decode.CONTEXTS), decode.NEW_TOKENS)
+    if device == "cuda":
+        arguments["compilation_config"] = decode.GPU_COMPILATION
     pruning = keep_ratio_variant(shape.keep_ratio).extra_args
     with TemporaryDirectory(prefix="bench-pristine-") as folder:
         pristine = args.pristine
@@ -223,7 +275,33 @@ def decode_part(
             pristine,
             args.repeats,
         )
-        return decode.measure_decode(jobs)
+        return decode.measure_decode(jobs, args.decode_rounds)
+
+
+def measured(
+    args: argparse.Namespace,
+    shape: Shape,
+    model: Path,
+    load_format: str,
+    prompts: Prompts,
+    device: str,
+    result: dict[str, Any],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every part that was asked for and that this model allows, as it is measured."""
+    wanted = set(args.parts)
+    arguments = engine_arguments(model, load_format, shape.lengths[-1], 1)
+    if wanted - {"kernels"} and (sentence := refusal(arguments)):
+        say(f"no engine for this shape: {sentence}")
+        result["refused"] = sentence
+        wanted &= {"kernels"}
+    if wanted & set(IN_PROCESS):
+        yield from in_process_parts(args, shape, arguments, prompts)
+    if wanted & set(TRAFFIC):
+        yield from traffic_part(args, shape, model, load_format, prompts)
+    if "kernels" in wanted:
+        yield from kernels_part(args, shape, ModelShape.of(model), device, result)
+    if "decode" in wanted:
+        yield "decode", decode_part(args, shape, model, load_format, prompts, device)
 
 
 def write(result: dict[str, Any], output: Path, with_plot: bool) -> None:
@@ -269,12 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
             "load_average": load,
         }
-        arguments = engine_arguments(model, load_format, shape.lengths[-1], 1)
-        for part, row in in_process_parts(args, shape, arguments, prompts):
-            result.setdefault(part, []).append(row)
+        for part, row in measured(args, shape, model, load_format, prompts, device, result):
+            if part == "decode":
+                result[part] = row
+            else:
+                result.setdefault(part, []).append(row)
             write(result, output, with_plot=False)
-        if "decode" in args.parts:
-            result["decode"] = decode_part(args, shape, model, load_format, prompts, device)
         write(result, output, with_plot=True)
     say(f"written: {output}.json, .md, .png")
     print(report.markdown(result))

@@ -24,6 +24,8 @@ NEW_TOKENS = 64
 ROUNDS = 3
 PRISTINE, FORK = "pristine", "fork, no flag"
 DENSE, PRUNED = "fork, flag, dense", "fork, flag, pruned"
+# On a GPU: FULL graphs of decodes as a server has them, without the minute that torch.compile takes.
+GPU_COMPILATION = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
 
 
 def write_pristine(folder: Path) -> Path:
@@ -55,9 +57,10 @@ def programs(
 
 def run_worker(job: dict[str, Any], release: Path | None) -> dict[str, Any]:
     """Run one job in a process of its own, and make sure of what ran."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if release is not None:
-        environment["PYTHONPATH"] = str(release)
+    environment = dict(os.environ)
+    if release is not None:  # before what is there: its dependencies may lie on the path too
+        inherited = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = os.pathsep.join([str(release), *([inherited] if inherited else [])])
     with TemporaryDirectory(prefix="bench-decode-") as folder:
         given, result = Path(folder, "job.json"), Path(folder, "result.json")
         given.write_text(json.dumps(job))
@@ -73,11 +76,14 @@ def run_worker(job: dict[str, Any], release: Path | None) -> dict[str, Any]:
     return found
 
 
-def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]]) -> dict[str, Any]:
-    """Run the jobs in turn, `ROUNDS` times; one process gives one median per request."""
+def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: int = ROUNDS) -> dict[str, Any]:
+    """Run the jobs in turn, `rounds` times; one process gives one median per request.
+
+    With a single round there is one process of a kind, and its repetitions are the values.
+    """
     medians: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     packages: dict[str, str] = {}
-    for number in range(ROUNDS):
+    for number in range(rounds):
         for index in range(len(jobs)):
             job, release = jobs[(index + number) % len(jobs)]
             found = run_worker(job, release)
@@ -85,11 +91,14 @@ def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]]) -> dict[s
             for context, requests in found["seconds"].items():
                 for request, seconds in requests.items():
                     packages[request] = found["package"]
-                    medians[context][request].append(statistics.median(seconds))
-                    line.append(f"{request} {context} {medians[context][request][-1] * 1e3:.2f} ms")
-            say(f"decode, round {number + 1}/{ROUNDS}: {', '.join(line)}")
+                    median = statistics.median(seconds)
+                    medians[context][request] += seconds if rounds == 1 else [median]
+                    line.append(f"{request} {context} {median * 1e3:.2f} ms")
+            say(f"decode, round {number + 1}/{rounds}: {', '.join(line)}")
     return {
         "new_tokens": NEW_TOKENS,
+        "rounds": rounds,
+        "engine": jobs[0][0]["engine"].get("compilation_config"),
         "packages": packages,
         "contexts": [
             {

@@ -28,8 +28,18 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def engine_arguments(model: Path, load_format: str, max_prompt: int, new: int) -> dict[str, Any]:
-    """Arguments of LLM(...) for prompts that prefill in one step, one after the other."""
+def engine_arguments(
+    model: Path, load_format: str, max_prompt: int, new: int, seqs: int = MAX_NUM_SEQS, resident: int = 1
+) -> dict[str, Any]:
+    """Arguments of LLM(...) for prompts that prefill in one step.
+
+    Args:
+        max_prompt: tokens of the longest prompt.
+        new: tokens to generate.
+        seqs: requests that run together.
+        resident: how many of the longest prompts the KV cache holds.
+
+    """
     max_model_len = max_prompt + new
     config = json.loads((model / "config.json").read_text())
     # A prompt of the model's full length still gets its tokens.
@@ -42,18 +52,34 @@ def engine_arguments(model: Path, load_format: str, max_prompt: int, new: int) -
         "use_tqdm_on_load": False,
         "hf_overrides": {"max_position_embeddings": positions},
         "max_model_len": max_model_len,
-        "max_num_seqs": MAX_NUM_SEQS,
-        "max_num_batched_tokens": max_model_len + MAX_NUM_SEQS,
-        "kv_cache_memory_bytes": kv_cache_bytes(ModelShape.from_config(config), max_model_len),
+        "max_num_seqs": seqs,
+        "max_num_batched_tokens": max_model_len + seqs,
+        "kv_cache_memory_bytes": kv_cache_bytes(ModelShape.from_config(config), max_model_len * resident),
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",
         "seed": 0,
     }
 
 
-def kv_cache_bytes(shape: ModelShape, max_model_len: int) -> int:
-    """Room for one full sequence and some more, since one request runs at a time."""
-    return shape.kv_bytes_per_token * (max_model_len * 9 // 8 + 4096)
+def kv_cache_bytes(shape: ModelShape, tokens: int) -> int:
+    """Room for that many tokens and some more."""
+    return shape.kv_bytes_per_token * (tokens * 9 // 8 + 4096)
+
+
+def refusal(arguments: dict[str, Any]) -> str | None:
+    """Why the engine does not prune this model, in its own sentence; None if it does."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {name: value for name, value in arguments.items() if name != "use_tqdm_on_load"}
+    try:
+        EngineArgs(**known, uniprefill_config={}).create_engine_config()
+    except ValueError as error:
+        text = str(error)
+        begin = text.find("--uniprefill-config")
+        if begin < 0:
+            raise
+        return text[begin:].partition("\n")[0].partition(" [type=")[0]
+    return None
 
 
 @contextmanager
@@ -71,9 +97,14 @@ def engine(arguments: dict[str, Any]) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def segment_runner_of(llm: LLM) -> SegmentRunner:
+def model_runner_of(llm: LLM) -> Any:
+    """vLLM's model runner in this process."""
     executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.model_state.segment_runner
+    return executor.driver_worker.worker.model_runner
+
+
+def segment_runner_of(llm: LLM) -> SegmentRunner:
+    return model_runner_of(llm).model_state.segment_runner
 
 
 @dataclass(frozen=True)
@@ -199,15 +230,17 @@ def device_stopwatch() -> Stopwatch:
 
 
 @contextmanager
-def instrumented(runner: SegmentRunner, stopwatch: Stopwatch) -> Iterator[None]:
+def instrumented(model_runner: Any, stopwatch: Stopwatch) -> Iterator[None]:
     """Time the parts of the pruning steps meanwhile.
 
-    Spans: run (the whole of it), model (once a segment; holds score), and per cut score,
-    select, compact and metadata.
+    Spans: run (the whole of it), embed (in the first model span), model (once a segment; holds
+    score), per cut score, select, compact and metadata; and behind run, sample.
     """
     from vllm.v1.worker.gpu.uniprefill import runner as runner_module
     from vllm.v1.worker.gpu.uniprefill.capture import MassCapture
 
+    runner: SegmentRunner = model_runner.model_state.segment_runner
+    inner = runner.bounded_model
     run, build_metadata = runner.run, runner.build_metadata
     compact, score = runner_module._compact, MassCapture._score
 
@@ -217,11 +250,13 @@ def instrumented(runner: SegmentRunner, stopwatch: Stopwatch) -> Iterator[None]:
     runner.run = stopwatch.timed("run", run_with_timed_model)
     runner._select = stopwatch.timed("select", runner._select)
     runner.build_metadata = stopwatch.timed("metadata", build_metadata)
+    inner.embed_input_ids = stopwatch.timed("embed", inner.embed_input_ids)
+    model_runner.sample = stopwatch.timed("sample", model_runner.sample)
     runner_module._compact = stopwatch.timed("compact", compact)
     MassCapture._score = stopwatch.timed("score", score)
     try:
         yield
     finally:
-        del runner.run, runner._select
+        del runner.run, runner._select, inner.embed_input_ids, model_runner.sample
         runner.build_metadata = build_metadata
         runner_module._compact, MassCapture._score = compact, score

@@ -9,6 +9,7 @@ from typing import Any
 from evals.bench.arithmetic import size_label
 from evals.bench.decode import DENSE, FORK, PRISTINE, PRUNED
 
+PARTS = ("ttft", "efficiency", "breakdown", "concurrency", "poisson", "kernels", "decode")
 EFFICIENCY = 0.85
 OVERHEAD = 0.05
 GAIN_AT_16K = 2.0
@@ -29,11 +30,15 @@ def expectations(result: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if needle and not on_gpu:
         found += of_ttft(result.get("ttft", []))
-    if not needle and on_gpu:
+    if not needle and on_gpu:  # elsewhere time is not FLOPs
         found += of_flop_model(result.get("ttft", []))
     found += of_efficiency(result.get("efficiency", []))
     found += of_breakdown(result.get("breakdown", []), on_gpu and not needle)
+    if on_gpu:
+        found += of_kernels(result)
+    found += of_concurrency(result.get("concurrency", []))
     found += of_decode(result.get("decode", {}))
+    found += of_gpu(result.get("gpu", {}))
     return found
 
 
@@ -97,6 +102,33 @@ def of_breakdown(rows: list[dict[str, Any]], with_selection: bool) -> Iterator[d
             )
 
 
+def of_kernels(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for row in result.get("kernels", []):
+        where = f"kernels at {size_label(row['tokens'])}"
+        seconds = row["seconds"]["selection"]["median"]
+        if row["tokens"] == LONG and result["settings"]["shape"] == "llama-3.1-8b":
+            yield expectation(
+                f"{where}: the whole selection at most {SELECTION_SECONDS * 1e3:g} ms a layer",
+                f"{seconds * 1e3:.3f} ms",
+                seconds <= SELECTION_SECONDS,
+            )
+        yield expectation(
+            f"{where}: faster than plain torch",
+            f"{row['against_plain']['ratio']:.1f}x",
+            row["against_plain"]["ratio"] > 1,
+        )
+
+
+def of_concurrency(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        if row["tokens"] >= 4096:
+            yield expectation(
+                f"{row['together']} prompts of {size_label(row['tokens'])} together: mean time to first token gains",
+                f"{row['gain']['ratio']:.2f}x",
+                row["gain"]["ratio"] > 1,
+            )
+
+
 def of_decode(decode: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for row in decode.get("contexts", []):
         for pair, found in row["compared"].items():
@@ -110,6 +142,31 @@ def of_decode(decode: dict[str, Any]) -> Iterator[dict[str, Any]]:
             )
 
 
+def of_gpu(gpu: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What `evals.gpu` checked."""
+    for name, what in (
+        ("checks", "every Triton kernel agrees with torch, bands intact"),
+        ("sanitizer", "compute-sanitizer finds no access out of bounds"),
+    ):
+        if checks := gpu.get(name):
+            failed, done = checks["failed"], len(checks["cases"])
+            told = f"{len(failed)} of {done} cases failed" + (f": {failed[0]}" if failed else "")
+            where = "" if checks["device"] == "cuda" else ", small, in Triton's interpreter"
+            yield expectation(f"{what}{where}", told, done > 0 and not failed)
+    if (new := gpu.get("checks", {}).get("new_variants")) is not None:
+        yield expectation("no length, batch or query count compiles a kernel anew", f"{new} variants", new == 0)
+    graphs = gpu.get("graphs")
+    if graphs and graphs["device"] == "cuda":  # elsewhere there are none
+        rows = graphs["rows"]
+        same, total = sum(row["same_tokens"] for row in rows), sum(row["of"] for row in rows)
+        answered = sum(all(row["answered"]) for row in rows)
+        yield expectation(
+            "decode with FULL CUDA graphs: the tokens of eager, and the answers right",
+            f"{same} of {total} tokens, {answered} of {len(rows)} answered by both, {graphs['graphs']} graphs",
+            same == total and answered == len(rows) and graphs["graphs"] > 0,
+        )
+
+
 def place(row: dict[str, Any]) -> str:
     cuts = ",".join(map(str, row["selection_layers"]))
     return f"{row['variant']} at {size_label(row['tokens'])}, cuts after {cuts}"
@@ -118,15 +175,19 @@ def place(row: dict[str, Any]) -> str:
 def not_measured(result: dict[str, Any]) -> list[str]:
     """What the benchmark can measure and this result lacks, each with its reason."""
     settings, machine = result["settings"], result["provenance"]["machine"]
-    lacks = [
-        f"{part}: not asked for"
-        for part in ("ttft", "efficiency", "breakdown", "decode")
-        if part not in settings["parts"]
+    lacks = [f"{part}: not asked for" for part in PARTS if part not in settings["parts"]]
+    if sentence := result.get("refused"):
+        asked = ", ".join(part for part in PARTS if part in settings["parts"] and part != "kernels")
+        lacks.append(f"{asked}: the engine refuses this shape: {sentence}")
+    lacks += [
+        f"kernels at {size_label(tokens)}: plain torch's scores do not fit this machine's memory"
+        for tokens in result.get("too_long_for_plain_torch", [])
     ]
+    lacks += result.get("cut_short", [])
     if machine["device"] == "cpu":
         lacks.append(
             "an H100-class GPU (gain at 32K, 64K and 128K against the FLOP model, selection per "
-            "layer): no GPU here; `evals/bench/gpu.sh` measures it on one"
+            "layer, kernel times, FULL CUDA graphs): no GPU here; `make bench-gpu` measures it on one"
         )
     if settings["prompts"] == "random":
         lacks.append("whether the needle is answered: the model does not know the needle's words")

@@ -27,6 +27,7 @@ from evals.bench.engine import (
     first_token,
     host_stopwatch,
     instrumented,
+    model_runner_of,
     segment_runner_of,
 )
 from evals.bench.shapes import Prompts
@@ -149,24 +150,29 @@ def measure_efficiency(bench: Bench, tokens: int, variant: Variant) -> dict[str,
 def prefill_parts(total: float, spans: dict[str, list[float]]) -> dict[str, float]:
     """Split one pruned prefill into parts that add up to it.
 
-    layers: the model's segments. score, select, compact, metadata: UniPrefill's steps. rows:
-    what else a pruning step does, which is gathering rows and scattering them back. outside:
-    the engine around it, and stock's own input preparation.
+    embedding; segment 0, 1, …: the layers of each. score, select, compact, metadata: UniPrefill's
+    steps. rows: what else a pruning step does, which is gathering rows and scattering them back.
+    sampling: logits and sampler. outside: the engine around it, and stock's own input preparation.
     """
     spent = {name: sum(values) for name, values in spans.items()}
-    named = {name: spent[name] for name in ("score", "select", "compact", "metadata")}
-    layers = spent["model"] - spent["score"]
+    steps = {name: spent[name] for name in ("score", "select", "compact", "metadata")}
+    segments = list(spans["model"])
+    segments[0] -= spent["embed"]
+    for cut, seconds in enumerate(spans["score"]):
+        segments[cut] -= seconds
     return {
-        "layers": layers,
-        **named,
-        "rows": spent["run"] - layers - sum(named.values()),
-        "outside": total - spent["run"],
+        "embedding": spent["embed"],
+        **{f"segment {index}": seconds for index, seconds in enumerate(segments)},
+        **steps,
+        "rows": spent["run"] - spent["embed"] - sum(segments) - sum(steps.values()),
+        "sampling": spent["sample"],
+        "outside": total - spent["run"] - spent["sample"],
     }
 
 
 def measure_breakdown(bench: Bench, tokens: int, variant: Variant) -> dict[str, Any]:
     """Where the time of pruned prefills goes; these runs serve no other number."""
-    runner = segment_runner_of(bench.llm)
+    runner = model_runner_of(bench.llm)
     parts: dict[str, list[float]] = defaultdict(list)
     overheads, selections = [], []
     for repetition in range(bench.repeats + 1):

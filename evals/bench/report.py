@@ -19,7 +19,12 @@ def markdown(result: dict[str, Any]) -> str:
             efficiency_table(result.get("efficiency", [])),
         ),
         section("Where a pruned prefill's time goes", breakdown_table(result.get("breakdown", []))),
+        section("Prompts sent together", concurrency_table(result.get("concurrency", []))),
+        section("A random mix of short and long prompts", poisson_table(result.get("poisson", []))),
+        section("The selection alone", kernels_table(result)),
         section("Decode, milliseconds a token", decode_table(result.get("decode", {}))),
+        section("Triton kernels against torch", checks_table(result.get("gpu", {}))),
+        section("Decode with CUDA graphs against eager", graphs_table(result.get("gpu", {}))),
     ]
     missing = [f"- {line}" for line in result["not_measured"]]
     sections.append("## Not measured\n" + "\n".join(missing or ["- nothing was left out"]))
@@ -123,7 +128,8 @@ def efficiency_table(rows: Sequence[dict[str, Any]]) -> str:
 def breakdown_table(rows: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
-    names = list(rows[0]["parts_seconds"])
+    # Rows of fewer cuts have fewer segments, so the widest names the columns.
+    names = list(max((row["parts_seconds"] for row in rows), key=len))
 
     def lines() -> Iterator[list[str]]:
         for row in rows:
@@ -132,7 +138,7 @@ def breakdown_table(rows: Sequence[dict[str, Any]]) -> str:
             yield [
                 size_label(row["tokens"]),
                 ", ".join(map(str, row["selection_layers"])),
-                *(f"{row['parts_seconds'][name]['median'] * 1e3:.1f}" for name in names),
+                *(milliseconds(row["parts_seconds"].get(name)) for name in names),
                 f"{share['median']:.1%} [{share['min']:.1%}–{share['max']:.1%}]",
                 ", ".join(f"{cut['median'] * 1e3:.2f}" for cut in cuts),
             ]
@@ -145,6 +151,109 @@ def breakdown_table(rows: Sequence[dict[str, Any]]) -> str:
     return table((*head, "overhead", "selection ms per cut"), lines()) + note
 
 
+def milliseconds(value: dict[str, Any] | None) -> str:
+    return f"{value['median'] * 1e3:.1f}" if value else ""
+
+
+def millisecond_range(value: dict[str, Any], digits: int = 1) -> str:
+    median, low, high = (f"{value[key] * 1e3:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} [{low}–{high}]"
+
+
+def concurrency_table(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("prompts", "prefill", "mean ms to first token", "all prompts' ms: median [range]", "gain in the mean")
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row in rows:
+            prompts = f"{row['together']} of {size_label(row['tokens'])}"
+            for name in ("dense", "pruned"):
+                label = row["variant"] if name == "pruned" else name
+                shown = gain(row["gain"]) if name == "pruned" else "1"
+                yield (
+                    prompts,
+                    label,
+                    millisecond_range(row["mean_ttft"][name]),
+                    millisecond_range(row["ttft"][name]),
+                    shown,
+                )
+
+    return table(head, lines())
+
+
+def poisson_table(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row in rows:
+            throughput = row["throughput"]
+            shown = [f"{throughput[way]['median']:.0f}" for way in ("dense", "pruned")]
+            yield "all: tokens a second", *shown, gain(throughput["gain"])
+            for kind in ("short", "long"):
+                for name, value in row[kind].items():
+                    what, _, share = name.partition("_")
+                    label = "to first token" if what == "ttft" else "between tokens"
+                    yield (
+                        f"{kind}: ms {label}, {share}",
+                        millisecond_range(value["dense"]),
+                        millisecond_range(value["pruned"]),
+                        gain(value["gain"]),
+                    )
+
+    row = rows[0]
+    note = (
+        f"{row['requests']} requests at {row['requests_per_second']:.2f} a second on average, one in four of "
+        f"{size_label(row['tokens'])}, the others of {row['short_tokens']} tokens, {row['new_tokens']} new tokens "
+        f"each; the long ones alone would take {row['load']:.0%} of a dense engine. Pruned is {row['variant']}; "
+        "short prompts are dense in both.\n\n"
+    )
+    return note + table(("", "dense", "pruned", "gain"), lines())
+
+
+def kernels_table(result: dict[str, Any]) -> str:
+    rows = result.get("kernels", [])
+    if not rows:
+        return ""
+    rates = result["ceilings"]
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row in rows:
+            seconds, floor, over = row["seconds"], row["floor_seconds"], row["over_floor"]
+            peak = row["peak_bytes"]
+            yield (
+                size_label(row["tokens"]),
+                millisecond_range(seconds["mass"], 3),
+                millisecond_range(seconds["selection"], 3),
+                millisecond_range(seconds["plain"], 3),
+                gain(row["against_plain"]),
+                f"{floor['memory'] * 1e3:.3f}",
+                f"{floor['compute'] * 1e3:.3f}",
+                f"{over['median']:.1f} [{over['min']:.1f}–{over['max']:.1f}]",
+                f"{peak['mass'] / 2**20:.0f} / {peak['plain'] / 2**20:.0f}" if peak else "–",
+                f"{row['difference_to_plain']:.1e}",
+            )
+
+    head = (
+        "keys",
+        "masses ms",
+        "whole selection ms",
+        "plain torch ms",
+        "gain over plain",
+        "memory floor ms",
+        "compute floor ms",
+        "masses over floor",
+        "peak MiB, masses / plain",
+        "difference",
+    )
+    note = (
+        f"One layer, one prompt, {rows[0]['implementation']}. Measured here: "
+        f"{rates['bytes_per_second'] / 1e12:.2f} TB/s copying, {rates['flops_per_second'] / 1e12:.2f} TFLOP/s in "
+        f"{rates['dtype']}; the floors are keys and queries read once, and q·k, at these. The whole selection adds "
+        "choosing blocks and finding rows. Difference: relative, of our masses and plain torch's.\n\n"
+    )
+    return note + table(head, lines())
+
+
 def decode_table(decode: dict[str, Any]) -> str:
     rows = []
     for row in decode.get("contexts", []):
@@ -155,6 +264,39 @@ def decode_table(decode: dict[str, Any]) -> str:
         for pair, value in row["compared"].items():
             rows.append((row["context"], pair, f"{value['ratio']:.3f}, spread {value['spread']:.3f}"))
     return table(("context", "", "median of processes [range]"), rows)
+
+
+def checks_table(gpu: dict[str, Any]) -> str:
+    def lines() -> Iterator[tuple[str, ...]]:
+        for name in ("checks", "sanitizer"):
+            if checks := gpu.get(name):
+                cases = checks["cases"]
+                worst = max((case["error"] for case in cases if "error" in case), default=0.0)
+                yield (
+                    "compute-sanitizer, small cases" if name == "sanitizer" else "random cases between guard bands",
+                    checks["device"],
+                    f"{len(cases)} of {checks['planned']}",
+                    f"{len(checks['failed'])}",
+                    f"{worst:.1e}",
+                    f"{checks['seed']}",
+                )
+
+    return table(("", "device", "cases run", "failed", "largest error of masses", "seed"), lines())
+
+
+def graphs_table(gpu: dict[str, Any]) -> str:
+    graphs = gpu.get("graphs", {})
+    rows = (
+        (
+            size_label(row["tokens"]),
+            row["variant"],
+            f"{row['same_tokens']} of {row['of']}",
+            " and ".join("right" if right else "wrong" for right in row["answered"]),
+        )
+        for row in graphs.get("rows", [])
+    )
+    note = "Without a GPU there are no graphs: both engines were eager.\n\n" if graphs.get("device") == "cpu" else ""
+    return note + table(("prompt", "prefill", "same tokens", "answer eager and with graphs"), rows)
 
 
 def require_matplotlib() -> None:
@@ -179,11 +321,16 @@ def plot(result: dict[str, Any], path: Path) -> None:
             ("ttft", (draw_times, draw_gains, draw_kept)),
             ("efficiency", (draw_efficiency,)),
             ("breakdown", (draw_breakdown,)),
+            ("concurrency", (draw_concurrency,)),
+            ("poisson", (draw_poisson,)),
+            ("kernels", (draw_kernels,)),
             ("decode", (draw_decode,)),
         )
         for draw in draws
         if result.get(part)
     ]
+    if not panels:
+        return
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -272,12 +419,53 @@ def draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 def draw_breakdown(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     names = [place(row) for row in rows]
     left = [0.0] * len(rows)
-    for part in rows[0]["parts_seconds"]:
-        values = [row["parts_seconds"][part]["median"] for row in rows]
+    for part in max((row["parts_seconds"] for row in rows), key=len):
+        values = [row["parts_seconds"].get(part, {"median": 0.0})["median"] for row in rows]
         axis.barh(names, values, left=left, label=part)
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_title("A pruned prefill's time", fontsize=10)
     axis.set_xlabel("seconds")
+    axis.legend(fontsize=7)
+
+
+def draw_concurrency(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    together = [row["together"] for row in rows]
+    for name, color in (("dense", "black"), ("pruned", "C0")):
+        label = rows[0]["variant"] if name == "pruned" else name
+        draw_range(axis, together, [row["mean_ttft"][name] for row in rows], label, color=color)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(together, list(map(str, together)))
+    axis.set_title(f"Mean time to first token, {size_label(rows[0]['tokens'])} prompts together", fontsize=10)
+    axis.set_xlabel("prompts sent together")
+    axis.set_ylabel("seconds")
+    axis.legend(fontsize=8)
+
+
+def draw_poisson(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    row = rows[0]
+    gains = {"throughput": row["throughput"]["gain"]}
+    gains |= {
+        f"{kind}\n{name.replace('_', ' ')}": value["gain"]
+        for kind in ("short", "long")
+        for name, value in row[kind].items()
+    }
+    spreads = [value["paired"] | {"median": value["ratio"]} for value in gains.values()]
+    draw_range(axis, list(gains), spreads, "pruned against dense", linestyle="none")
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_title("Random mix of short and long prompts", fontsize=10)
+    axis.set_ylabel("times better")
+    axis.tick_params(axis="x", labelsize=6)
+
+
+def draw_kernels(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    lengths = by_length(axis, rows, f"Selection in one layer, {rows[0]['implementation']}", "seconds")
+    axis.set_yscale("log")
+    for name, label in (("mass", "masses"), ("selection", "whole selection"), ("plain", "plain torch")):
+        draw_range(axis, lengths, [row["seconds"][name] for row in rows], label)
+    for name, style in (("memory", ":"), ("compute", "--")):
+        values = [row["floor_seconds"][name] for row in rows]
+        axis.plot(lengths, values, color="black", linestyle=style, label=f"{name} floor")
     axis.legend(fontsize=7)
 
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(ROOT))
 
 from evals import provenance  # noqa: E402
 from evals.bench import __main__ as cli  # noqa: E402
-from evals.bench import arithmetic, decode, engine, parts, report, shapes  # noqa: E402
+from evals.bench import arithmetic, configs, decode, engine, parts, report, shapes, traffic  # noqa: E402
 from evals.bench.expectations import expectations, not_measured  # noqa: E402
 
-LLAMA = arithmetic.ModelShape.from_config(shapes.LLAMA_CONFIG)
+LLAMA = arithmetic.ModelShape.from_config(configs.LLAMA_CONFIG)
 
 
 def make_report(*segments: tuple[int, int, int]) -> dict:
@@ -110,16 +110,20 @@ def test_size_label(tokens: int, label: str) -> None:
 def test_the_parts_of_a_prefill_add_up_to_it() -> None:
     spans = {
         "run": [7.0],
+        "embed": [0.3],
         "model": [4.0, 2.0],
         "score": [0.5],
         "select": [0.1],
         "compact": [0.1],
         "metadata": [0.2],
+        "sample": [0.25],
     }
     split = parts.prefill_parts(8.0, spans)
     assert sum(split.values()) == pytest.approx(8.0)
-    assert split["layers"] == pytest.approx(5.5)
+    assert split["embedding"] == 0.3 and split["sampling"] == 0.25
+    assert split["segment 0"] == pytest.approx(4.0 - 0.5 - 0.3) and split["segment 1"] == 2.0
     assert split["rows"] == pytest.approx(0.6)
+    assert split["outside"] == pytest.approx(0.75)
     assert set(parts.OVERHEAD) < set(split)
 
 
@@ -210,6 +214,8 @@ def test_lengths_decide_where_efficiency_is_measured() -> None:
     assert shape("--lengths", "16384,2048").efficiency_lengths == (16384,)
     assert shape("--lengths", "4096,2048").efficiency_lengths == (4096,)
     assert shape("--shape", "llama-3.1-8b").lengths == (32768, 65536, 131072)
+    assert shape("--traffic-length", "2048").traffic_length == 2048
+    assert shape("--kernel-lengths", "9000,300").kernel_lengths == (300, 9000)
     assert shape("--selection-layers", "5,1", "--keep-ratio", ".5").selection_layers == (1, 5)
 
 
@@ -268,6 +274,24 @@ def test_provenance_names_no_host() -> None:
 
 
 # --- results
+
+
+def made_poisson() -> dict:
+    value = {"dense": arithmetic.spread([2.0, 2.2]), "pruned": arithmetic.spread([1.0, 1.1])}
+    value["gain"] = arithmetic.compare([2.0, 2.2], [1.0, 1.1])
+    names = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
+    return {
+        "tokens": 4096,
+        "short_tokens": 200,
+        "variant": "keep_ratio 0.3",
+        "requests": 24,
+        "new_tokens": 32,
+        "requests_per_second": 1.5,
+        "load": 1.2,
+        "throughput": value,
+        "short": dict.fromkeys(names, value),
+        "long": dict.fromkeys(names, value),
+    }
 
 
 def made_result(device: str = "cpu") -> dict:
@@ -336,12 +360,57 @@ def made_result(device: str = "cpu") -> dict:
             where
             | {
                 "parts_seconds": {
-                    name: arithmetic.spread([0.1, 0.1]) for name in ("layers", *parts.OVERHEAD, "outside")
+                    name: arithmetic.spread([0.1, 0.1])
+                    for name in ("embedding", "segment 0", "segment 1", *parts.OVERHEAD, "sampling", "outside")
                 },
                 "overhead_share": arithmetic.spread([0.03, 0.04]),
                 "selection_seconds_per_cut": [arithmetic.spread([0.0008, 0.0009])],
             }
         ],
+        "concurrency": [
+            {
+                "tokens": 4096,
+                "together": together,
+                "variant": "keep_ratio 0.3",
+                "ttft": {"dense": arithmetic.spread([2.0, 4.0]), "pruned": arithmetic.spread([1.0, 2.0])},
+                "mean_ttft": {"dense": arithmetic.spread([3.0, 3.2]), "pruned": arithmetic.spread([1.5, 1.6])},
+                "gain": arithmetic.compare([3.0, 3.2], [1.5, 1.6]),
+            }
+            for together in traffic.CONCURRENCY
+        ],
+        "poisson": [made_poisson()],
+        "ceilings": {"bytes_per_second": 3e12, "flops_per_second": 7e14, "dtype": "bfloat16"},
+        "kernels": [
+            {
+                "tokens": 131072,
+                "implementation": "Triton kernels",
+                "seconds": {
+                    "mass": arithmetic.spread([4e-4, 5e-4]),
+                    "selection": arithmetic.spread([7e-4, 8e-4]),
+                    "plain": arithmetic.spread([9e-3, 9e-3]),
+                },
+                "against_plain": arithmetic.compare([9e-3, 9e-3], [4e-4, 5e-4]),
+                "floor_seconds": {"memory": 9e-5, "compute": 2e-4, "floor": 2e-4},
+                "over_floor": arithmetic.spread([2.0, 2.5]),
+                "peak_bytes": {"mass": 34 << 20, "selection": 35 << 20, "plain": 6 << 30},
+                "difference_to_plain": 1e-5,
+            }
+        ],
+        "gpu": {
+            "checks": {
+                "device": "cuda",
+                "seed": 5,
+                "planned": 84,
+                "cases": [{"case": "a", "error": 1e-5, "agrees": True}, {"case": "b", "wrong": 0, "agrees": True}],
+                "failed": [],
+                "new_variants": 0,
+            },
+            "graphs": {
+                "device": "cuda",
+                "graphs": 4,
+                "rows": [{"tokens": 2048, "variant": "dense", "answered": [True, True], "same_tokens": 24, "of": 24}],
+            },
+        },
         "decode": {
             "packages": dict.fromkeys(names, "0.32.0"),
             "contexts": [
@@ -355,7 +424,8 @@ def made_result(device: str = "cpu") -> dict:
     }
 
 
-@pytest.mark.parametrize(("device", "count"), [("cpu", 4 + 2 + 3), ("cuda", 2 + 3 + 3)])
+# ttft, efficiency and breakdown, decode; concurrency, kernels, evals.gpu
+@pytest.mark.parametrize(("device", "count"), [("cpu", 4 + 2 + 3 + 3 + 3), ("cuda", 2 + 3 + 3 + 3 + 2 + 3)])
 def test_a_good_result_meets_every_expectation(device: str, count: int) -> None:
     found = expectations(made_result(device))
     assert len(found) == count
@@ -375,8 +445,27 @@ def test_what_falls_short_is_missed() -> None:
         decode.PRISTINE: [0.005, 0.005],
     }
     result["decode"]["contexts"][0]["compared"] = decode.comparisons(slow)
+    result["concurrency"][0]["gain"]["ratio"] = 0.9
+    result["gpu"]["checks"] |= {"failed": ["a"], "new_variants": 2}
+    result["gpu"]["graphs"]["rows"][0]["same_tokens"] = 23
     missed = [row["expectation"] for row in expectations(result) if not row["met"]]
-    assert len(missed) == 2 + 1 + 1 + 1 + 2, missed
+    assert len(missed) == 2 + 1 + 1 + 1 + 2 + 1 + 3, missed
+
+
+def test_a_slow_selection_is_missed() -> None:
+    result = made_result("cuda")
+    result["kernels"][0]["seconds"]["selection"]["median"] = 1.1e-3
+    result["kernels"][0]["against_plain"]["ratio"] = 0.9
+    missed = [row["expectation"] for row in expectations(result) if not row["met"]]
+    assert len(missed) == 2 and all("kernels at 128K" in line for line in missed)
+
+
+def test_graphs_that_were_never_captured_prove_nothing() -> None:
+    result = made_result("cuda")
+    result["gpu"]["graphs"]["graphs"] = 0
+    assert [row["met"] for row in expectations(result)].count(False) == 1
+    result["gpu"]["graphs"]["device"] = "cpu"
+    assert not any("CUDA graphs" in row["expectation"] for row in expectations(result))
 
 
 def test_a_faster_decode_after_pruning_is_no_miss() -> None:
@@ -390,7 +479,7 @@ def test_runs_that_differ_widely_prove_nothing() -> None:
     result = made_result()
     noisy = {decode.FORK: [0.01, 0.05], decode.PRISTINE: [0.01, 0.04]}
     result["decode"]["contexts"][0]["compared"] = decode.comparisons(noisy)
-    row = expectations(result)[-1]
+    (row,) = [row for row in expectations(result) if row["expectation"].startswith("decode at")]
     assert not row["met"] and "too noisy" in row["measured"]
 
 
@@ -402,6 +491,11 @@ def test_what_was_not_measured_is_listed() -> None:
     del result["decode"]["packages"][decode.PRISTINE]
     lines = "\n".join(not_measured(result))
     assert "decode: not asked for" in lines and "pristine" in lines
+    result["settings"]["parts"] = ["ttft", "kernels"]
+    result |= {"refused": "It does not work.", "too_long_for_plain_torch": [131072], "cut_short": ["graphs: stopped"]}
+    lines = not_measured(result)
+    assert "ttft: the engine refuses this shape: It does not work." in lines and "graphs: stopped" in lines
+    assert any(line.startswith("kernels at 128K: plain torch") for line in lines)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -410,7 +504,7 @@ def test_a_result_is_written_as_json_and_markdown(tmp_path: Path, device: str) -
     result = json.loads((tmp_path / "deep" / "name.v1.json").read_text())
     assert {"provenance", "settings", "expectations", "not_measured", *cli.PARTS} <= set(result)
     text = (tmp_path / "deep" / "name.v1.md").read_text()
-    for words in ("25%", "Not measured", "5df63a720", "Decode"):
+    for words in ("25%", "Not measured", "5df63a720", "Decode", "sampling ms", "16 of 4K", "between tokens", "TFLOP/s"):
         assert words in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert all(row.endswith("|") for row in rows)

@@ -1,0 +1,11 @@
+#!/bin/sh
+# Everything that wants a GPU, in under 8 minutes. On a machine where evals/gpu/install.py put the
+# package (UNIPREFILL_SITE), with that machine's own Python; elsewhere with build/venv.
+cd "$(dirname "$0")/../.." || exit
+site=${UNIPREFILL_SITE:-/tmp/uniprefill/site}
+if [ -d "$site/vllm" ]; then
+    PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+    export PYTHONPATH
+    exec "${PYTHON:-python3}" -m evals.gpu "$@"
+fi
+make build && exec build/venv/bin/python -m evals.gpu "$@"
