@@ -17,7 +17,7 @@ DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
 .PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench eval bench-gpu \
-	docker rebase-check lock clean distclean
+	pack-gpu docker rebase-check lock clean distclean
 
 help: ## list the tasks
 	@echo 'make TASK [DEVICE=cpu|cuda] [MODEL=path-or-name] [ARGS="…"]'
