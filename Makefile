@@ -82,7 +82,7 @@ lock: build ## pin the versions that build/venv has now
 
 clean: ## remove what was built (archives and the user's cache stay)
 	@$(RUN)/make_tree.py --refuse-edits
-	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv
+	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv build/image
 
 distclean: ## remove build/ entirely
 	@$(RUN)/make_tree.py --refuse-edits

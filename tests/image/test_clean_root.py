@@ -1,7 +1,7 @@
 """The CPU image without a container engine: the Dockerfile's steps in a clean root, and what it then serves.
 
 Needs root and debootstrap, and takes a quarter of an hour, so it runs when asked for:
-IMAGE_TEST=1 build/venv/bin/python -m pytest tests/image
+build/venv/bin/python -m pytest -m long tests/image
 """
 
 import json
@@ -35,8 +35,7 @@ ARGUMENTS += ["--enforce-eager"]
 READY_SECONDS = 400
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not os.environ.get("IMAGE_TEST"), reason="takes a quarter of an hour: set IMAGE_TEST=1"),
+    pytest.mark.long,
     pytest.mark.skipif(os.getuid() != 0, reason="chroot and namespaces need root"),
     pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs {', '.join(TOOLS)}"),
 ]
