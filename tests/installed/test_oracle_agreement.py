@@ -16,6 +16,11 @@ VOCAB = 1024
 # bf16 keeps 8 bits, and a block's mass is a sum over many rounded exponentials.
 MASS_TOLERANCE = 0.02
 MAX_RELATIVE_ERROR = 0.01
+# Where the logits of the last expert chosen and the next one are as close as this, rounding may choose
+# the other one, for this token and, with less effect, for the ones that it attends to.
+ROUTER_TOLERANCE = 0.1
+MAX_ERROR_WITH_EXPERTS = 0.015
+MAX_SHARE_REROUTED = 0.05
 
 MODELS = {
     "llama-gqa2-tied": {"family": "llama", "heads": 4, "kv_heads": 2, "tied": True},
@@ -24,9 +29,12 @@ MODELS = {
     "qwen3-mha-tied": {"family": "qwen3", "heads": 4, "kv_heads": 4, "tied": True, "seed": 3},
     "qwen2-gqa2-tied": {"family": "qwen2", "heads": 4, "kv_heads": 2, "tied": True, "seed": 4},
     "mistral-gqa2-untied": {"family": "mistral", "heads": 4, "kv_heads": 2, "tied": False, "seed": 5},
+    "qwen3_moe-gqa2-untied": {"family": "qwen3_moe", "heads": 4, "kv_heads": 2, "tied": False, "seed": 7},
+    "mixtral-gqa2-tied": {"family": "mixtral", "heads": 4, "kv_heads": 2, "tied": True, "seed": 8},
     "phi3-gqa2-untied": {"family": "phi3", "heads": 4, "kv_heads": 2, "tied": False, "seed": 6},
 }
 LAYERS = [2, 4, 6]
+LAYER_COUNT = 8
 SETTINGS = {
     "top_p-0.99": {"top_p": 0.99},
     "top_p-0.9": {"top_p": 0.9},
@@ -52,6 +60,21 @@ def random_prompt(num_tokens: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(VOCAB), k=num_tokens)
 
 
+def router_margins(oracle: Oracle) -> list[float]:
+    """A list that gets, from every layer that runs, by how much its last row's experts were chosen; if it has any."""
+    margins: list[float] = []
+
+    def record(gate: torch.nn.Module, inputs: tuple[torch.Tensor], _) -> None:
+        logits = torch.nn.functional.linear(inputs[0].flatten(0, -2)[-1], gate.weight).sort(descending=True).values
+        chosen = oracle.model.config.num_experts_per_tok
+        margins.append(float(logits[chosen - 1] - logits[chosen]))
+
+    for layer in oracle.layers:
+        if hasattr(layer.mlp, "experts"):
+            layer.mlp.gate.register_forward_hook(record)
+    return margins
+
+
 @pytest.mark.parametrize("top_p_over", ["all", "middle"])
 @pytest.mark.parametrize("model", MODELS)
 def test_agrees_with_oracle(model: str, top_p_over: str, tmp_path, record_property) -> None:
@@ -60,7 +83,8 @@ def test_agrees_with_oracle(model: str, top_p_over: str, tmp_path, record_proper
         pytest.skip("top_p_over does not depend on the model; two suffice")
     path = make_checkpoint(tmp_path / "model", **MODELS[model])
     oracle = Oracle(path)
-    contested = worst = dropped = 0
+    margins = router_margins(oracle)
+    contested = worst = dropped = rerouted = 0
     with (
         engine(
             path,
@@ -82,6 +106,7 @@ def test_agrees_with_oracle(model: str, top_p_over: str, tmp_path, record_proper
             assert output.uniprefill["outcome"] == "pruned"
             [kept] = selections.of([output])
             tokens = list(output.outputs[0].token_ids)
+            margins.clear()
             truth = oracle.run(
                 prompt,
                 NUM_DECODE,
@@ -100,10 +125,13 @@ def test_agrees_with_oracle(model: str, top_p_over: str, tmp_path, record_proper
             reported = [segment["tokens_kept"] for segment in output.uniprefill["segments"]]
             assert reported == [len(cut) for cut in kept] + [len(kept[-1])]
             ours = logits_of(output)
-            assert relative_error(ours[0], truth.prefill_logits) <= MAX_RELATIVE_ERROR, name
-            for step in range(NUM_DECODE):
-                error = relative_error(ours[1 + step], truth.decode_logits[step])
+            for step, logits in enumerate([truth.prefill_logits, *truth.decode_logits]):
+                error = relative_error(ours[step], logits)
+                if margins and min(margins[step * LAYER_COUNT : (step + 1) * LAYER_COUNT]) < ROUTER_TOLERANCE:
+                    rerouted += error > MAX_RELATIVE_ERROR
+                    continue
                 worst = max(worst, error)
-                assert error <= MAX_RELATIVE_ERROR, f"{name}: decode step {step}"
+                assert error <= (MAX_ERROR_WITH_EXPERTS if margins else MAX_RELATIVE_ERROR), f"{name}: output {step}"
     assert dropped > 0, "nothing was dropped, so nothing was tested"
-    print(f"{model} {top_p_over}: {contested} contested blocks differ, worst error {worst:.4f}")
+    assert rerouted <= MAX_SHARE_REROUTED * len(SETTINGS) * (NUM_DECODE + 1)
+    print(f"{model} {top_p_over}: {contested} contested blocks differ, worst error {worst:.4f}, {rerouted} rerouted")

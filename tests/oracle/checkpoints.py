@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "mixtral")
 
 CONSTANTS = 8  # hidden channels that are the same in every embedding
 CONSTANT_RANGE = (1.0, 2.0)  # their values; the other channels are standard normal
@@ -44,6 +44,9 @@ ATTENTION_GAIN = 0.5  # size of what attention adds where it writes, before aver
 MLP_GAIN = 0.3
 ATTENTION_CHANNELS = 0.25  # share of the residual channels that an attention writes to
 MLP_CHANNELS = 0.25
+EXPERTS = 4
+EXPERTS_PER_TOKEN = 2
+ROUTER = 8.0  # standard deviation of router logits
 BIAS = 0.1  # standard deviation of Qwen2's biases
 NORM_SPREAD = 0.05  # of norm weights around their mean
 FINAL_NORM = 0.15  # keeps logits of a tied head within a few units
@@ -89,6 +92,12 @@ def make_checkpoint(
         "eos_token_id": None,
         "pad_token_id": None,
     }
+    if family == "qwen3_moe":
+        shape |= {"num_experts": EXPERTS, "moe_intermediate_size": intermediate, "norm_topk_prob": True}
+    if family == "mixtral":
+        shape["num_local_experts"] = EXPERTS
+    if family in ("qwen3_moe", "mixtral"):
+        shape["num_experts_per_tok"] = EXPERTS_PER_TOKEN
     if family == "phi3":
         shape["original_max_position_embeddings"] = max_positions
     else:
@@ -146,6 +155,10 @@ def random_weights(
             return embeddings
         if module == "lm_head":
             return normal(*shape)
+        if module == "gate":
+            return normal(*shape, std=ROUTER / math.sqrt(hidden))
+        if kind == "down_proj":  # [experts, hidden, intermediate]: the channels they write to differ
+            return torch.stack([make("mlp.down_proj.weight", shape[1:]) for _ in range(shape[0])])
         if module in ("o_proj", "down_proj"):
             attention = module == "o_proj"
             gain = ATTENTION_GAIN if attention else MLP_GAIN

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .selection import Selection, SelectionRule, block_masses, select_blocks
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "phi3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "mixtral")
 QUERY_CHUNK = 256
 
 
@@ -156,15 +156,20 @@ class Oracle:
 
     def __init__(self, path: str | Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.model: PreTrainedModel = model.eval()
-        config = model.config
-        if config.model_type not in MODEL_TYPES:
-            raise ValueError(f"model type {config.model_type!r} is not one of {MODEL_TYPES}")
+        if model.config.model_type not in MODEL_TYPES:
+            raise ValueError(f"model type {model.config.model_type!r} is not one of {MODEL_TYPES}")
+        self._adopt(model, model.model)
+
+    def _adopt(self, model: PreTrainedModel, decoder: nn.Module) -> None:
+        """`decoder` is the part of `model` that has embed_tokens, layers, rotary_emb and norm."""
+        self.model = model.eval()
+        self.decoder = decoder
+        config = decoder.config
         if getattr(config, "sliding_window", None) is not None:
             raise ValueError("sliding windows are not supported")
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
-        self.layers: nn.ModuleList = model.model.layers
+        self.layers: nn.ModuleList = decoder.layers
 
     @torch.inference_mode()
     def run(
@@ -239,7 +244,7 @@ class Oracle:
         num_prompt = len(prompt_ids)
         ids = torch.tensor(prompt_ids + resumed)
         positions = torch.arange(len(ids))
-        hidden = self.model.model.embed_tokens(ids)
+        hidden = self._embed(ids, positions)
         cuts: list[Cut] = []
         for index in range(len(self.layers)):
             queries, keys, values = self._project(index, hidden, positions)
@@ -256,12 +261,20 @@ class Oracle:
     def _decode(self, token: int, position: int, caches: list[LayerCache]) -> Tensor:
         """Feed one output token at its original position; logits [vocab]."""
         positions = torch.tensor([position])
-        hidden = self.model.model.embed_tokens(torch.tensor([token]))
+        hidden = self._embed(torch.tensor([token]), positions)
         for index, cache in enumerate(caches):
             queries, keys, values = self._project(index, hidden, positions)
             cache.append(keys, values, positions)
             hidden = self._finish_layer(index, hidden, queries, cache, positions)
         return self._logits(hidden)[0]
+
+    def _embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """[T] token ids at `positions` [T] -> [T, hidden]."""
+        return self.decoder.embed_tokens(ids)
+
+    def _rotary_positions(self, positions: Tensor) -> Tensor:
+        """What the rotary embedding takes for tokens at `positions` [T]: [1, T]."""
+        return positions[None]
 
     def _cut(
         self,
@@ -319,7 +332,7 @@ class Oracle:
         )
         if hasattr(module, "q_norm"):
             queries, keys = module.q_norm(queries), module.k_norm(keys)
-        cos, sin = (table[0] for table in self.model.model.rotary_emb(normed, positions[None]))
+        cos, sin = (table[0] for table in self.decoder.rotary_emb(normed, self._rotary_positions(positions)))
         queries, keys, values = (part.transpose(0, 1) for part in (queries, keys, values))
         return rotate(queries, cos, sin), rotate(keys, cos, sin), values
 
@@ -330,11 +343,12 @@ class Oracle:
         layer = self.layers[index]
         attended = attend(queries, cache, positions, **self._attention(index))
         hidden = hidden + layer.self_attn.o_proj(attended)
-        return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        # A batch of one: mixtures of experts want three dimensions.
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] -> [T, vocab]."""
-        return self.model.lm_head(self.model.model.norm(hidden))
+        return self.model.lm_head(self.decoder.norm(hidden))
 
 
 def _tokens_of(blocks: Tensor, alive: list[int], block_size: int) -> list[int]:

@@ -58,7 +58,7 @@ def masked_logits(oracle: Oracle, ids: list[int], num_prompt: int, cuts: list[Cu
     [len(ids) - num_prompt + 1, vocab] from the last prompt token on.
 
     `early` hides tokens in the selection layer itself: wrong on purpose."""
-    inner = oracle.model.model
+    inner = oracle.decoder
     tokens = torch.tensor([ids])
     positions = torch.arange(len(ids))
     hidden = inner.embed_tokens(tokens)

@@ -313,6 +313,24 @@ def test_the_long_prefill_threshold_does_not_cut_a_prompt(make_scheduler) -> Non
     assert scheduled(step_of(scheduler), dense, pruned) == [32, 200]
 
 
+def test_a_prompt_waits_until_all_its_images_can_be_encoded(make_scheduler, monkeypatch) -> None:
+    """Where a dense one starts with the tokens before the first image that cannot."""
+    monkeypatch.setattr(Request, "has_encoder_inputs", True)
+    for extra, expected in (({}, [0, 150]), ({"uniprefill": 0}, [50, 100])):
+        scheduler = make_scheduler()
+        request = add(scheduler, 150, extra=extra)
+        first_step = True
+
+        def encode(request, computed, new, budget, **_):
+            return [], 50 if first_step else new, budget, [], []  # noqa: B023
+
+        monkeypatch.setattr(scheduler, "_try_schedule_encoder_inputs", encode)
+        found = []
+        for first_step in (True, False):  # noqa: B007
+            found += scheduled(step_of(scheduler), request)
+        assert found == expected
+
+
 def preempt_all(scheduler: Scheduler) -> None:
     scheduler.reset_prefix_cache(reset_running_requests=True)
     assert not scheduler.running

@@ -244,7 +244,8 @@ class ToyLayer(nn.Module):
         if self.attn.on_query_key is not None:
             query = hidden_states.repeat(1, 8).view(-1, 2, 32)
             self.attn.on_query_key(query, query[:, :1])
-        return hidden_states * 1.01 + self.index + 0.001 * positions[:, None]
+        position = positions if positions.dim() == 1 else (positions * positions.new_tensor([[1], [2], [4]])).sum(0)
+        return hidden_states * 1.01 + self.index + 0.001 * position[:, None]
 
 
 class ToyInner(nn.Module):
@@ -405,6 +406,20 @@ def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config,
         assert alive[start : start + 4].all() and alive[end - 4 : end].all()  # sink, recent
     assert alive[0] and alive[41:44].all() and alive[44:49].all()  # decode, outputs, chunk
     assert step.pruning[0].alive == [40, 20, 12]
+
+
+def test_three_positions_a_token_follow_their_rows(config, toy) -> None:
+    """M-RoPE: [3, tokens]. The attention metadata goes on counting tokens."""
+    step = mixed_step(config, toy, keep_ratio=0.5)
+    one = step.batch.positions
+    step.inputs["positions"] = torch.stack([one, one // 2, 100 - one])
+    hidden_states = step.run()
+    alive = hidden_states.any(1)
+    assert torch.equal(hidden_states[alive], step.dense()[alive])
+    for call, (_, batch, _) in zip(toy.model.calls[1:3], step.built, strict=True):
+        time, height, width = call.positions
+        assert time == batch.positions.tolist()
+        assert height == [p // 2 for p in time] and width == [100 - p for p in time]
 
 
 def test_dropped_counts_are_those_of_each_segment(config, toy) -> None:
