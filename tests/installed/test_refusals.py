@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
 
 import pytest
 from engines import engine
 from oracle.checkpoints import make_checkpoint
+from vllm.config import ECTransferConfig, KVTransferConfig, MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
 
 FLAG = "--uniprefill-config"
@@ -62,7 +66,14 @@ def test_bad_setting(model, setting, names) -> None:
     ("arguments", "names"),
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
-        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "context-parallel"),
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "--decode-context-parallel-size"),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"ubatch_size": 2}, "--enable-dbo and microbatching"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        (
+            {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
+            "--ec-transfer-config",
+        ),
         ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
@@ -72,13 +83,25 @@ def test_bad_setting(model, setting, names) -> None:
     ids=str,
 )
 def test_unsupported_combination(model, arguments, names) -> None:
-    if kv := arguments.get("kv_transfer_config"):
-        from vllm.config import KVTransferConfig
+    made = {"kv_transfer_config": KVTransferConfig, "ec_transfer_config": ECTransferConfig}
+    arguments = {name: made[name](**value) if name in made else value for name, value in arguments.items()}
+    assert_refused(names, model, **arguments)
 
-        arguments = {"kv_transfer_config": KVTransferConfig(**kv)}
+
+def assert_refused(names: str, model, **arguments) -> None:
+    """One sentence says what the flag does not work with, and the way out."""
     with pytest.raises(ValueError) as error:
         configure(model, {}, **arguments)
-    assert FLAG in str(error.value) and names in str(error.value), str(error.value)
+    sentence = re.search(rf"{FLAG} does not work with (.*?); (.*?) or drop {FLAG}\.", str(error.value))
+    assert sentence and names in sentence[1] and sentence[2], str(error.value)
+
+
+def test_dual_batch_overlap(model) -> None:
+    """The CPU platform drops --enable-dbo before UniPrefill sees it, so it is set on a configuration that is made."""
+    config = configure(model, {})
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(ValueError, match=f"{FLAG} does not work with --enable-dbo and microbatching; drop it"):
+        config.uniprefill_config.verify_with(config)
 
 
 def test_draft_model_speculation(model) -> None:
@@ -99,8 +122,6 @@ def test_old_model_runner(model, monkeypatch) -> None:
 
 
 def test_sliding_window_model(tmp_path) -> None:
-    import json
-
     path = make_checkpoint(tmp_path / "m", "mistral", layers=4, hidden=64, heads=2)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
@@ -108,15 +129,24 @@ def test_sliding_window_model(tmp_path) -> None:
         configure(path, {})
 
 
+MIXTURE_OF_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "decoder_sparse_step": 1,
+}
+HYBRID = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M*M*",
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+}
 OTHER_MODELS = {
-    "mixture-of-experts": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "decoder_sparse_step": 1,
-    },
     "sliding": {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -134,33 +164,68 @@ OTHER_MODELS = {
         "n_routed_experts": 0,
         "first_k_dense_replace": 4,
     },
-    "hybrid": {
-        "architectures": ["NemotronHForCausalLM"],
-        "model_type": "nemotron_h",
-        "hybrid_override_pattern": "M*M*",
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 32,
-        "ssm_state_size": 16,
-        "n_groups": 1,
+    "hybrid": HYBRID,
+    "encoder-decoder": {
+        "architectures": ["WhisperForConditionalGeneration"],
+        "model_type": "whisper",
+        "d_model": 64,
+        "encoder_layers": 2,
+        "decoder_layers": 4,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+        "max_target_positions": 4096,
+        "pad_token_id": 0,
+        "is_encoder_decoder": True,
     },
+    "diffusion": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "canvas_length": 32},
 }
+
+
+def other_model(model, folder, settings):
+    """A configuration is enough: these are refused before any weight is read."""
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    base = json.loads((model / "config.json").read_text())
+    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "dtype")
+    shape += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    (folder / "config.json").write_text(json.dumps({key: base[key] for key in shape if key in base} | settings))
+    return folder
 
 
 @pytest.mark.parametrize("names", OTHER_MODELS)
 def test_unsupported_model(names, model, tmp_path) -> None:
-    """A configuration is enough: these are refused before any weight is read."""
-    import json
-    import shutil
+    assert_refused(names, other_model(model, tmp_path / "m", OTHER_MODELS[names]))
 
-    shutil.copytree(model, tmp_path / "m", ignore=shutil.ignore_patterns("*.safetensors"))
-    base = json.loads((model / "config.json").read_text())
-    shape = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "dtype")
-    shape += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
-    config = {key: base[key] for key in shape if key in base} | OTHER_MODELS[names]
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError) as error:
-        configure(tmp_path / "m", {})
-    assert FLAG in str(error.value) and names in str(error.value), str(error.value)
+
+def test_multimodal_model(model) -> None:
+    """vLLM inspects such a model with torchvision, which a CPU has not: a configuration that is made gets images."""
+    config = configure(model, {})
+    config.model_config.multimodal_config = MultiModalConfig()
+    with pytest.raises(ValueError, match=f"{FLAG} does not work with multimodal models other than .*; serve one of"):
+        config.uniprefill_config.verify_with(config)
+
+
+def test_mamba_align_caching(model, tmp_path) -> None:
+    """Refused with the models that have a mamba cache at all."""
+    assert_refused("hybrid", other_model(model, tmp_path / "m", HYBRID), mamba_cache_mode="align")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"data_parallel_size": 2}, "--data-parallel-size > 1 for mixture-of-experts"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 2}, "--enable-expert-parallel"),
+        ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
+    ],
+    ids=str,
+)
+def test_experts_over_ranks(arguments, names, model, tmp_path) -> None:
+    experts = other_model(model, tmp_path / "m", MIXTURE_OF_EXPERTS)
+    assert_refused(names, experts, **arguments)
+    assert configure(experts, {}).uniprefill_config is not None
+
+
+def test_data_parallel_dense_model_is_allowed(model) -> None:
+    assert configure(model, {}, data_parallel_size=2).uniprefill_config is not None
 
 
 def test_pooling_model(model) -> None:

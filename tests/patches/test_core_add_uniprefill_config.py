@@ -256,6 +256,7 @@ def test_a_budget_below_the_shortest_prunable_prompt_is_refused(configure) -> No
             "--kv-transfer-config",
         ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
+        ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
         ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-attention"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
