@@ -102,7 +102,7 @@ def live_server(
         options: of `vllm serve`; one of value None stands alone.
         log: where the server's output goes.
         model: a folder.
-        environment: set for the server beside what this process has.
+        environment: set for the server beside what this process has; the engine gets its own process in any case.
 
     Raises:
         ForkError: if it does not get ready, with the last lines of its log.
@@ -113,7 +113,7 @@ def live_server(
     command = serve_command(port, options, model)
     with ExitStack() as stack:
         stream = stack.enter_context(log.open("wb"))
-        with patch.dict(os.environ, environment or {}):
+        with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | dict(environment or {})):
             process = stack.enter_context(server(command, stream.fileno()))
         try:
             wait_until_ready(process, url, READY_SECONDS)

@@ -25,7 +25,7 @@ def paired(row: dict[str, Any], name: str, what: str, percentile: str, reference
 def expectations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            "expectation": f"at {rate_label(row['rate'])}, short requests' {what.upper()} p99: pruned at most "
+            "expectation": f"{rate_label(row['rate'])}: short requests' {what.upper()} p99: pruned at most "
             f"{ALLOWED:g} of dense, median of the rounds",
             "measured": f"{ratio['median']:.2f} [{ratio['min']:.2f}–{ratio['max']:.2f}]",
             "met": ratio["median"] <= ALLOWED,

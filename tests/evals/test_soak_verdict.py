@@ -53,7 +53,7 @@ def test_a_good_soak_has_no_problem() -> None:
     ("path", "value", "told"),
     [
         (("wrong",), ["x"], "Wrong answer"),
-        (("failures",), ["HTTP 500"], "HTTP 500"),
+        (("failures",), ["HTTP 500", "HTTP 500"], "Failed 2 times: HTTP 500"),
         (("preemptions",), 0.0, "preempted"),
         (("left", "waiting"), 1.0, "waiting is 1"),
         (("left", "share of the KV cache"), 0.01, "KV cache"),
