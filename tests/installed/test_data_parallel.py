@@ -23,6 +23,7 @@ from serve import NEEDLE_MODEL, server, wait_until_ready  # noqa: E402
 LENGTHS = (1500, 700, 2048, 3000)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not version("vllm").endswith(".cpu"), reason="binds the engines to CPU cores")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_engines_prune_and_count(tmp_path, unused_tcp_port, monkeypatch) -> None:
@@ -31,7 +32,7 @@ def test_two_engines_prune_and_count(tmp_path, unused_tcp_port, monkeypatch) -> 
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(NEEDLE_MODEL)]
     command += ["--served-model-name", "needle", "--port", str(unused_tcp_port), "--enforce-eager"]
-    command += ["--uniprefill-config", '{"top_p": 0.99}', "--data-parallel-size", "2"]
+    command += ["--uniprefill-config", '{"top_p": 0.99}', "--data-parallel-size", "2", "--api-server-count", "1"]
     command += ["--max-model-len", "4096", "--max-num-batched-tokens", "4352", "--max-num-seqs", "16"]
     command += ["--kv-cache-memory-bytes", "128M"]
     log = tmp_path / "log"
