@@ -25,6 +25,7 @@ from test_fuzz_arguments import ARGUMENTS, objects
 from evals.live_server import CHAT_TEMPLATE, NAME, LiveServer, live_server
 from evals.needle.prompts import make_prompt
 
+pytestmark = pytest.mark.long
 LONG = bool(os.environ.get("LONG_TESTS"))
 EXAMPLES = 1500 if LONG else 120
 HANG_SECONDS = 60.0

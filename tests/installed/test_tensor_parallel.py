@@ -183,6 +183,7 @@ def post(url: str, path: str, body: dict) -> tuple[int, dict]:
         return error.code, json.loads(error.read() or b"{}")
 
 
+@pytest.mark.long
 def test_killed_rank_ends_the_server(tmp_path, unused_tcp_port) -> None:
     """Two ranks answer over HTTP; when one dies mid-prefill its request fails, and the server ends, all of it."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(NEEDLE_MODEL)]
