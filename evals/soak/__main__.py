@@ -65,10 +65,10 @@ def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], c
             *quarters,
             "",
             "## SIGTERM under load",
-            f"{stop['running_before']:.0f} requests generated tokens and one was prefilled; exit code "
+            f"{stop['running_before']:.0f} requests generated tokens and two were prefilled; exit code "
             f"{stop['exit_code']} and every process gone after {stop['seconds']:.1f} s; left running: "
             f"{', '.join(stop['left_running']) or 'none'}. "
-            f"Their clients got: {', '.join(sorted(set(stop['clients'])))}.",
+            f"Their clients got: {', '.join(f'{name} ({count})' for name, count in sorted(stop['clients'].items()))}.",
             "",
         ]
     )

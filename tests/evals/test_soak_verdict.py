@@ -41,7 +41,7 @@ def good() -> dict[str, Any]:
         "open_files": {"before": {"api server": 20}, "after": {"api server": 21}},
         "memory": {"quarters_mib": quarters},
         "tracebacks": 0,
-        "stop": {"exit_code": 0, "left_running": [], "clients_left_waiting": 0, "running_before": 2.0},
+        "stop": {"exit_code": 0, "left_running": [], "clients": {"whole answer": 9}, "running_before": 2.0},
     }
 
 
@@ -63,7 +63,7 @@ def test_a_good_soak_has_no_problem() -> None:
         (("tracebacks",), 2, "2 tracebacks"),
         (("stop", "exit_code"), None, "exit code None"),
         (("stop", "left_running"), ["worker"], "worker"),
-        (("stop", "clients_left_waiting"), 3, "3 clients"),
+        (("stop", "clients"), {"whole answer": 9, "HTTP 500, cut off": 3}, "3 clients"),
         (("stop", "running_before"), 0.0, "Nothing ran"),
         (("most_at_once",), 99, "99"),
         (("questions", "answered alone"), 10, "10 of 18"),

@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from serve import NEEDLE_MODEL, server, wait_until_ready  # noqa: E402
 
-pytestmark = pytest.mark.long
 LENGTHS = (1500, 700, 2048, 3000)
 
 

