@@ -2,7 +2,7 @@
 PYTHON ?= python3
 # cpu or cuda; empty: cuda where there is an NVIDIA GPU
 DEVICE ?=
-# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the benchmark (bench), to the evaluation (eval)
+# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the program (bench, bench-load, soak, eval)
 ARGS ?=
 MODEL ?=
 # of eval: 4K,16K; samples of each task and length; tasks or groups
@@ -16,8 +16,8 @@ VENV := build/venv/bin/python
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
 .DEFAULT_GOAL := help
-.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench eval bench-gpu \
-	pack-gpu docker rebase-check lock clean distclean
+.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench bench-load soak \
+	eval bench-gpu pack-gpu docker rebase-check lock clean distclean
 
 help: ## list the tasks
 	@echo 'make TASK [DEVICE=cpu|cuda] [MODEL=path-or-name] [ARGS="…"]'
@@ -57,8 +57,14 @@ test: build ## every test of the fork
 test-upstream: build ## vLLM's own CPU tests, on the release and on the patched tree; the difference must be empty
 	@exec $(VENV) scripts/upstream_tests.py $(ARGS)
 
-bench: build ## the benchmarks of evals/
+bench: build ## times, dense against pruned: gain by length, its parts, decode
 	@exec $(VENV) -m evals.bench $(ARGS)
+
+bench-load: build ## a live server under short and long prompts at once, with vllm bench serve
+	@exec $(VENV) -m evals.bench.load $(ARGS)
+
+soak: build ## half an hour of random traffic and faults against a live server
+	@exec $(VENV) -m evals.soak $(ARGS)
 
 eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
 	@exec $(VENV) -m evals.lm $(if $(MODEL),--model '$(MODEL)') $(if $(LENGTHS),--lengths '$(LENGTHS)') \
