@@ -33,8 +33,8 @@ def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], c
         [
             "# Soak",
             "",
-            f"{origin['package']}, series {origin['series_sha256'][:12]}, on {machine['cpu']}, {machine['cores']} "
-            f"cores. Made by `{command}`.",
+            f"{origin['package']}, series {origin['series_sha256'][:12]}, on {machine['cpu']}, cores: "
+            f"{machine['cores']}. Made by `{command}`.",
             "",
             f"`vllm serve evals/needle/model {' '.join(f'{k} {v}' if v else k for k, v in OPTIONS.items())}`",
             "",
