@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: dict[str, Any] = {
             "provenance": origin,
             "settings": {
-                "command": shlex.join(["make", "bench", f"ARGS={shlex.join(argv)}"]),
+                "command": shlex.join(["make", "bench", *([f"ARGS={shlex.join(argv)}"] if argv else [])]),
                 "shape": shape.name,
                 "lengths": shape.lengths,
                 "selection_layers": shape.selection_layers,

@@ -417,15 +417,19 @@ def draw_efficiency(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def draw_breakdown(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib import colormaps
+
     names = [place(row) for row in rows]
     left = [0.0] * len(rows)
-    for part in max((row["parts_seconds"] for row in rows), key=len):
+    colors = colormaps["tab20"].colors
+    for number, part in enumerate(max((row["parts_seconds"] for row in rows), key=len)):
         values = [row["parts_seconds"].get(part, {"median": 0.0})["median"] for row in rows]
-        axis.barh(names, values, left=left, label=part)
+        axis.barh(names, values, left=left, label=part, color=colors[number])
         left = [a + b for a, b in zip(left, values, strict=True)]
+    axis.set_xlim(0, 1.4 * max(left))
     axis.set_title("A pruned prefill's time", fontsize=10)
     axis.set_xlabel("seconds")
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="right")
 
 
 def draw_concurrency(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
