@@ -424,7 +424,7 @@ def draw_breakdown(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     colors = colormaps["tab20"].colors
     for number, part in enumerate(max((row["parts_seconds"] for row in rows), key=len)):
         values = [row["parts_seconds"].get(part, {"median": 0.0})["median"] for row in rows]
-        axis.barh(names, values, left=left, label=part, color=colors[number])
+        axis.barh(names, values, left=left, label=part, color=colors[number % len(colors)])
         left = [a + b for a, b in zip(left, values, strict=True)]
     axis.set_xlim(0, 1.4 * max(left))
     axis.set_title("A pruned prefill's time", fontsize=10)
