@@ -18,6 +18,15 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
 
 MAX_MODEL_LEN = 16_384
+# Cuts a model of four layers twice, and prompts of 100 tokens already; how much is kept is added.
+SMALL_CUTS = {
+    "selection_layers": [1, 2],
+    "block_size": 16,
+    "num_queries": 16,
+    "sink_tokens": 16,
+    "recent_tokens": 32,
+    "min_prompt_tokens": 100,
+}
 
 
 @contextmanager

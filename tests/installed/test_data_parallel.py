@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from evals.live_server import NAME, live_server
 from evals.needle.prompts import is_correct, make_prompt
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from serve import NEEDLE_MODEL, server, wait_until_ready  # noqa: E402
 
 LENGTHS = (1500, 700, 2048, 3000)
 
@@ -26,21 +21,22 @@ LENGTHS = (1500, 700, 2048, 3000)
 @pytest.mark.slow
 @pytest.mark.skipif(not version("vllm").endswith(".cpu"), reason="binds the engines to CPU cores")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_two_engines_prune_and_count(tmp_path, unused_tcp_port, monkeypatch) -> None:
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    monkeypatch.setenv("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(NEEDLE_MODEL)]
-    command += ["--served-model-name", "needle", "--port", str(unused_tcp_port), "--enforce-eager"]
-    command += ["--uniprefill-config", '{"top_p": 0.99}', "--data-parallel-size", "2", "--api-server-count", "1"]
-    command += ["--max-model-len", "4096", "--max-num-batched-tokens", "4352", "--max-num-seqs", "16"]
-    command += ["--kv-cache-memory-bytes", "128M"]
-    log = tmp_path / "log"
-    url = f"http://127.0.0.1:{unused_tcp_port}"
+def test_two_engines_prune_and_count(tmp_path) -> None:
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    options: dict[str, str | None] = {
+        "--uniprefill-config": '{"top_p": 0.99}',
+        "--data-parallel-size": "2",
+        "--distributed-executor-backend": "mp",
+        "--api-server-count": "1",
+        "--max-model-len": "4096",
+        "--max-num-batched-tokens": "4352",
+        "--max-num-seqs": "16",
+        "--kv-cache-memory-bytes": "128M",
+    }
 
-    def ask(engine: int, seed: int) -> dict:
+    def ask(url: str, engine: int, seed: int) -> dict:
         prompt = make_prompt("multikey", LENGTHS[seed], seed)
-        body = {"model": "needle", "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
+        body = {"model": NAME, "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
         request = urllib.request.Request(
             f"{url}/v1/completions",
             json.dumps(body | {"vllm_xargs": {"uniprefill_report": 1}}).encode(),
@@ -52,14 +48,10 @@ def test_two_engines_prune_and_count(tmp_path, unused_tcp_port, monkeypatch) -> 
         return answer["uniprefill"]
 
     asked = [(0, seed) for seed in range(4)] + [(1, seed) for seed in range(3)]
-    with log.open("wb") as stream, server(command, stream.fileno()) as process:
-        try:
-            wait_until_ready(process, url, 400)
-        except Exception as error:
-            raise AssertionError(log.read_text()[-3000:]) from error
+    with live_server(options, tmp_path / "log", environment=environment) as live:
         with ThreadPoolExecutor(len(asked)) as pool:
-            reports = list(pool.map(lambda pair: ask(*pair), asked))
-        metrics = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+            reports = list(pool.map(lambda pair: ask(live.url, *pair), asked))
+        metrics = urllib.request.urlopen(f"{live.url}/metrics", timeout=30).read().decode()
     assert reports[:3] == reports[4:], "the engines keep different tokens"
 
     counted: Counter[tuple] = Counter()

@@ -5,20 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from engines import engine, generate, scheduler_of
+from engines import SMALL_CUTS, engine, generate, scheduler_of
 from oracle.checkpoints import make_checkpoint
 from vllm import SamplingParams, TokensPrompt
 
 VOCAB = 1024
-CONFIG = {
-    "selection_layers": [1, 2],
-    "block_size": 16,
-    "num_queries": 16,
-    "sink_tokens": 16,
-    "recent_tokens": 32,
-    "min_prompt_tokens": 100,
-    "keep_ratio": 0.3,
-}
+CONFIG = SMALL_CUTS | {"keep_ratio": 0.3}
 NUM_TOKENS = 8
 
 

@@ -7,7 +7,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
-from engines import engine, generate, model_runner_of, scheduler_of
+from engines import SMALL_CUTS, engine, generate, model_runner_of, scheduler_of
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from oracle.checkpoints import make_checkpoint
@@ -16,15 +16,7 @@ from vllm import SamplingParams, TokensPrompt
 VOCAB = 1024
 MAX_LEN = 640
 NUM_BLOCKS = 48  # of 32 tokens: two or three long requests fill them
-CONFIG = {
-    "selection_layers": [1, 2],
-    "block_size": 16,
-    "num_queries": 16,
-    "sink_tokens": 16,
-    "recent_tokens": 32,
-    "min_prompt_tokens": 100,
-    "top_p": 0.7,
-}
+CONFIG = SMALL_CUTS | {"top_p": 0.7}
 # Preempted requests compute their output tokens again, in one batch instead of one by one, which
 # rounds otherwise. A token may differ only where the best two were this close (log probability).
 NEAR_TIE = 0.1

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import engine
+from engines import SMALL_CUTS, engine
 from oracle.checkpoints import make_checkpoint
 from vllm import LLM, SamplingParams, TokensPrompt
 
+from evals.live_server import NAME, live_server
 from evals.needle.prompts import is_correct, make_prompt
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from serve import NEEDLE_MODEL, server, session_members, wait_until_ready  # noqa: E402
+# isort: split
+from serve import session_members
 
 pytestmark = [
     pytest.mark.skipif(not version("vllm").endswith(".cpu"), reason="binds the ranks to CPU cores"),
@@ -32,16 +32,7 @@ pytestmark = [
 ]
 
 VOCAB = 1024
-MIN_PROMPT = 100
-CONFIG = {
-    "selection_layers": [1, 2],
-    "block_size": 16,
-    "num_queries": 16,
-    "sink_tokens": 16,
-    "recent_tokens": 32,
-    "min_prompt_tokens": MIN_PROMPT,
-    "top_p": 0.7,
-}
+CONFIG = SMALL_CUTS | {"top_p": 0.7}
 # A dead rank is noticed within this many seconds: vLLM gives the others 4 + 4 to end by themselves.
 NOTICED_WITHIN = 60
 
@@ -131,7 +122,9 @@ def assert_same(several: Run, one: Run) -> None:
     [alone] = one.kept
     assert len(alone) == sum(report["outcome"] == "pruned" for report in one.reports) > len(one.reports) / 2
     dropped = [r["prompt_tokens"] - r["segments"][-1]["tokens_kept"] for r in one.reports]
-    assert sum(dropped) > len(dropped) * MIN_PROMPT / 2, "next to nothing was dropped, so nothing was tested"
+    assert sum(dropped) > len(dropped) * CONFIG["min_prompt_tokens"] / 2, (
+        "next to nothing was dropped, so nothing was tested"
+    )
     for rank, kept in enumerate(several.kept):
         assert kept.keys() == alone.keys()
         differing = [name for name in alone if kept[name] != alone[name]]
@@ -184,50 +177,49 @@ def post(url: str, path: str, body: dict) -> tuple[int, dict]:
 
 
 @pytest.mark.slow
-def test_killed_rank_ends_the_server(tmp_path, unused_tcp_port) -> None:
+def test_killed_rank_ends_the_server(tmp_path) -> None:
     """Two ranks answer over HTTP; when one dies mid-prefill its request fails, and the server ends, all of it."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(NEEDLE_MODEL)]
-    command += ["--served-model-name", "needle", "--port", str(unused_tcp_port), "--enforce-eager"]
-    command += ["--uniprefill-config", '{"top_p": 0.99}', "--tensor-parallel-size", "2"]
-    command += ["--max-model-len", "4096", "--max-num-batched-tokens", "4352", "--max-num-seqs", "16"]
-    command += ["--kv-cache-memory-bytes", "128M", "--worker-extension-cls", "rank_extension.RankExtension"]
+    options: dict[str, str | None] = {
+        "--uniprefill-config": '{"top_p": 0.99}',
+        "--tensor-parallel-size": "2",
+        "--distributed-executor-backend": "mp",
+        "--max-model-len": "4096",
+        "--max-num-batched-tokens": "4352",
+        "--max-num-seqs": "16",
+        "--kv-cache-memory-bytes": "128M",
+        "--worker-extension-cls": "rank_extension.RankExtension",
+    }
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": "0|1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_SERVER_DEV_MODE": "1",  # has /collective_rpc
         "VLLM_LOGGING_LEVEL": "INFO",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
-    log = tmp_path / "log"
-    url = f"http://127.0.0.1:{unused_tcp_port}"
-    with pytest.MonkeyPatch.context() as patch, log.open("wb") as stream:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        with server(command, stream.fileno()) as process:
-            wait_until_ready(process, url, 300)
-            for seed, length in enumerate((1500, 3000, 700, 2048)):
-                prompt = make_prompt("multikey", length, seed)
-                body = {"model": "needle", "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
-                status, response = post(url, "/v1/completions", body | {"vllm_xargs": {"uniprefill_report": 1}})
-                assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
-                kept = response["uniprefill"]["segments"][-1]["tokens_kept"]
-                assert kept < length / 2 if length >= 1024 else kept == length
-            assert len(session_members(process.pid)) >= 4  # server, engine core, two ranks
-            status, _ = post(url, "/collective_rpc", {"method": "die_before", "args": ["all_reduce", "1"]})
-            assert status == 200
-            start = time.monotonic()
-            status, response = post(url, "/v1/completions", body | {"prompt": make_prompt("multikey", 2048, 9).text})
-            assert status == 500, response
-            assert "EngineCore" in response["error"]["message"]
-            process.wait(NOTICED_WITHIN)  # the release's server gives 0 for a dead engine, so the log must tell
-            assert time.monotonic() - start < NOTICED_WITHIN
-            deadline = time.monotonic() + 20
-            while session_members(process.pid) and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert not session_members(process.pid), "a process is left behind"
+    with live_server(options, tmp_path / "log", environment=environment) as live:
+        for seed, length in enumerate((1500, 3000, 700, 2048)):
+            prompt = make_prompt("multikey", length, seed)
+            body = {"model": NAME, "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
+            status, response = post(live.url, "/v1/completions", body | {"vllm_xargs": {"uniprefill_report": 1}})
+            assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
+            kept = response["uniprefill"]["segments"][-1]["tokens_kept"]
+            assert kept < length / 2 if length >= 1024 else kept == length
+        session = live.process.pid
+        assert len(session_members(session)) >= 4  # server, engine core, two ranks
+        status, _ = post(live.url, "/collective_rpc", {"method": "die_before", "args": ["all_reduce", "1"]})
+        assert status == 200
+        start = time.monotonic()
+        status, response = post(live.url, "/v1/completions", body | {"prompt": make_prompt("multikey", 2048, 9).text})
+        assert status == 500, response
+        assert "EngineCore" in response["error"]["message"]
+        live.process.wait(NOTICED_WITHIN)  # the release's server gives 0 for a dead engine, so the log must tell
+        assert time.monotonic() - start < NOTICED_WITHIN
+        deadline = time.monotonic() + 20
+        while session_members(session) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not session_members(session), "a process is left behind"
     # Its exit code is there too, unless the release looks before the kernel has it.
-    assert "Worker proc VllmWorker-1 died unexpectedly" in log.read_text()
+    assert "Worker proc VllmWorker-1 died unexpectedly" in live.log.read_text()
 
 
 @pytest.mark.long
