@@ -35,7 +35,7 @@ refresh: ## write the edits of build/tree into their patches, canonically; regen
 discard-edits: ## throw away every edit of build/tree that no patch has
 	@$(RUN)/make_tree.py --discard
 
-check: ## patches, headers, series and table in order? (seconds, offline)
+check: ## patches, headers, series, table and locks in order? (seconds, offline)
 	@$(RUN)/check_patches.py
 
 build: ## build for this machine and install in build/venv
@@ -83,12 +83,12 @@ docker: ## the container image uniprefill-vllm:DEVICE, with docker or podman (sc
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
 	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN)/rebase_check.py --to '$(TO)'
 
-lock: build ## pin the versions that build/venv has now
-	@$(RUN)/lock_environment.py $(DEVICE_OPTION)
+lock: ## resolve the requirements into scripts/lock-*.txt (ARGS=--upgrade: with the newest versions)
+	@$(RUN)/lock.py $(ARGS)
 
 clean: ## remove what was built (archives and the user's cache stay)
 	@$(RUN)/make_tree.py --refuse-edits
-	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv build/image
+	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv build/uv build/image
 
 distclean: ## remove build/ entirely
 	@$(RUN)/make_tree.py --refuse-edits

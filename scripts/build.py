@@ -155,7 +155,7 @@ def build(layout: Layout, device: str, jobs: int, wheel_only: bool = False) -> P
         expected = environment.site_packages(layout) / f"vllm-{read_version().package(device)}.dist-info"
         complete = (expected / "RECORD").is_file()
         if not (complete and stamp.is_file() and stamp.read_text() == key):
-            environment.install(wheel, device, layout)
+            environment.install(wheel, layout)
             stamp.write_text(key)
     edited = json.loads(wheel_provenance(wheel))["edited"]
     if edited:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import fork
+import lock
 import pytest
 import wheels
 
@@ -24,6 +25,7 @@ RELEASE = {
     "vllm/data.json": "{}\n",
     "csrc/op.cpp": "int op() { return 1; }\n",
     "pyproject.toml": '[tool.ruff.lint]\nselect = ["E", "F", "I"]\n',
+    "requirements/common.txt": "regex\n",
     "LICENSE": "free\n",
     "PKG-INFO": (
         "Metadata-Version: 2.4\nName: vllm\nVersion: 9.9.0\nRequires-Dist: regex\n"
@@ -125,4 +127,9 @@ def toy(tmp_path, monkeypatch):
         test.parent.mkdir(parents=True, exist_ok=True)
         test.write_text("")
     write_series(layout, [FIRST, SECOND])
+    (layout.root / "scripts").mkdir()
+    for device in lock.DEVICES:
+        requirements = layout.root / "scripts" / f"requirements-{device}.txt"
+        requirements.write_text("-r ../build/tree/requirements/common.txt\n")
+        lock.path_of(device, layout.root).write_text(lock.HEAD.format(device=device, digest=lock.digest(["regex"])))
     return layout
