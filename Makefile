@@ -30,7 +30,7 @@ tree: ## build/tree: the release with every patch applied, in order
 	@$(RUN)/make_tree.py
 
 refresh: ## write the edits of build/tree into their patches, canonically; regenerate patches/README.md
-	@$(RUN)/refresh_patches.py
+	@$(RUN)/refresh_patches.py $(ARGS)
 
 discard-edits: ## throw away every edit of build/tree that no patch has
 	@$(RUN)/make_tree.py --discard

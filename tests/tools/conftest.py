@@ -116,8 +116,8 @@ def toy(tmp_path, monkeypatch):
     make_wheel(wheel)
     sums = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (sdist, wheel)]
     (layout.root / "UPSTREAM").write_text(
-        f"# the toy\ntag: v9.9.0\ncommit: abc123def\nsdist: {sdist.name}\nsdist-sha256: {sums[0]}\n"
-        f"wheel: {wheel.name}\nwheel-sha256: {sums[1]}\n"
+        f'# the toy\ntag = "v9.9.0"\ncommit = "abc123def"\nsdist = "{sdist.name}"\nsdist-sha256 = "{sums[0]}"\n'
+        f'wheel = "{wheel.name}"\nwheel-sha256 = "{sums[1]}"\n'
     )
     (layout.root / "VERSION").write_text("9.9.0-3\n")
     layout.patches.mkdir()
