@@ -18,13 +18,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import compile_cpu
-import environment
-import make_tree
-import tree
-import wheels
-from fetch_source import ensure_source
-from fork import (
+from scripts import compile_cpu, environment, make_tree, tree, wheels
+from scripts.fetch_source import ensure_source
+from scripts.fork import (
     ForkError,
     Layout,
     read_upstream,

@@ -19,12 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import lock
-import patch_table
-import patchfile
-import tree
-from fetch_source import fetch, unpack
-from fork import AREAS, ForkError, Layout, read_series, read_upstream, read_version, run_main, say
+from scripts import lock, patch_table, patchfile, tree
+from scripts.fetch_source import fetch, unpack
+from scripts.fork import AREAS, ForkError, Layout, read_series, read_upstream, read_version, run_main, say
 
 FIELDS = ("Description", "Origin", "Forwarded", "Remove-when", "Test", "Last-Update")
 MOOD = re.compile(r"(Adds|Added|Adding|Fixes|Fixed|Makes|Lets|Allows|Changes|This)\b")

@@ -20,7 +20,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from fork import ForkError, Layout, cache_dir, run_main, say, write_if_changed
+from scripts.fork import ForkError, Layout, cache_dir, run_main, say, write_if_changed
 
 # VLLM_EXT_SRC_AVX2 of cmake/cpu_extension.cmake without dnnl_kernels.cpp, slowest first
 AVX2_SOURCES = (

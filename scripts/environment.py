@@ -17,9 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import lock
-import wheels
-from fork import ForkError, Layout, run_main, say
+from scripts import lock, wheels
+from scripts.fork import ForkError, Layout, run_main, say
 
 SCRIPTS = Path(__file__).resolve().parent
 CUDA_LIBRARIES = ("cuda-", "nvidia-")

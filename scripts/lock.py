@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import make_tree
-import package_index
-from fork import ROOT, ForkError, Layout, run_main, say, write_if_changed
+from scripts import make_tree, package_index
+from scripts.fork import ROOT, ForkError, Layout, run_main, say, write_if_changed
 
 DEVICES = ("cpu", "cuda")
 TOOLS = "requirements-dev.txt"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 
-import tree
-from fetch_source import ensure_source
-from fork import ForkError, Layout, read_upstream, run_main, say
+from scripts import tree
+from scripts.fetch_source import ensure_source
+from scripts.fork import ForkError, Layout, read_upstream, run_main, say
 
 _KEEP = "`make refresh` puts them into their patches, `make discard-edits` throws them away"
 OWN = '`make refresh ARGS="--add-to NAME.patch"` gives them to a patch'

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-import patch_table
-import patchfile
-import tree
-from fork import ForkError, Layout, read_series, run_main, say, write_if_changed
-from make_tree import OWN
+from scripts import patch_table, patchfile, tree
+from scripts.fork import ForkError, Layout, read_series, run_main, say, write_if_changed
+from scripts.make_tree import OWN
 
 
 def header_of(layout: Layout, name: str) -> str:

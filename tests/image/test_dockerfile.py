@@ -10,10 +10,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import build_image
-import fork
 import pytest
 from dockerfile import DockerfileError, Ignore, Walk, parse, stages, substitute
+
+from scripts import build_image, fork
 
 ROOT = fork.ROOT
 TEXT = (ROOT / build_image.DOCKERFILE).read_text()
@@ -196,7 +196,7 @@ def test_the_entrypoint_is_vllm_serve_with_our_flag(tmp_path, setting, arguments
 
 def test_it_builds_with_the_scripts_of_make_build():
     makefile = (ROOT / "Makefile").read_text()
-    assert "$(RUN)/build.py --wheel-only $(DEVICE_OPTION)" in re.search(r"^wheel:.*\n(.*)", makefile, re.MULTILINE)[1]
+    assert "$(RUN).build --wheel-only $(DEVICE_OPTION)" in re.search(r"^wheel:.*\n(.*)", makefile, re.MULTILINE)[1]
     for target in ("cpu", "cuda"):
         commands = [step[2] for step in walk(target)[1] if step[0] == "RUN"]
         assert f"make wheel DEVICE={target}" in commands
@@ -291,9 +291,9 @@ def test_the_health_check_passes_where_health_answers(healthcheck, monkeypatch, 
 
 
 def run_build_image(path, *arguments):
-    command = [sys.executable, ROOT / "scripts" / "build_image.py", *arguments]
+    command = [sys.executable, "-m", "scripts.build_image", *arguments]
     return subprocess.run(
-        command, env={"PATH": f"{path}:/usr/bin:/bin", "HOME": str(path)}, capture_output=True, text=True
+        command, cwd=ROOT, env={"PATH": f"{path}:/usr/bin:/bin", "HOME": str(path)}, capture_output=True, text=True
     )
 
 

@@ -6,10 +6,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import fork
-import lock
 import pytest
-import wheels
+
+from scripts import fork, lock, wheels
 
 VERSION_FILE = """\
 __version__ = version = '9.9.0'

@@ -1,11 +1,8 @@
 """Choosing what to build for, and what the environment depends on."""
 
-import environment
-import fork
-import lock
 import pytest
 
-import build
+from scripts import build, environment, fork, lock
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,9 @@
 
 import contextlib
 
-import check_patches
-import fork
-import make_tree
-import patch_table
 import pytest
-import tree
+
+from scripts import check_patches, fork, make_tree, patch_table, tree
 
 from .conftest import FIRST, SECOND, patch_text, write_series
 

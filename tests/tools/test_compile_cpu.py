@@ -3,9 +3,9 @@
 import os
 import stat
 
-import compile_cpu
-import fork
 import pytest
+
+from scripts import compile_cpu, fork
 
 SKYLAKE = frozenset("fma f16c avx2 avx512f avx512dq avx512bw avx512vl".split())
 

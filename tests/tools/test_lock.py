@@ -4,12 +4,11 @@ import email
 import subprocess
 import zipfile
 
-import environment
-import fork
-import lock
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from scripts import environment, fork, lock
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 LAYOUT = fork.Layout()

@@ -2,10 +2,9 @@
 
 import tarfile
 
-import fetch_source
-import fork
-import package_index
 import pytest
+
+from scripts import fetch_source, fork, package_index
 
 from .conftest import RELEASE, VERSION_FILE, make_sdist
 

@@ -6,12 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fork
-import make_tree
-import patchfile
 import pytest
-import refresh_patches
-import tree
+
+from scripts import fork, make_tree, patchfile, refresh_patches, tree
 
 from .conftest import FIRST, SECOND, patch_text, write_series
 
