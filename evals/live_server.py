@@ -14,11 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import evals.provenance  # noqa: F401  puts scripts/ on the path
-
-# isort: split
-from fork import ForkError
-from serve import server, wait_until_ready
+from scripts.fork import ForkError
+from scripts.serve import server, wait_until_ready
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
 NAME = "needle"

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import serve
-from fork import ROOT, ForkError, Layout, run_main, say
+from scripts import serve
+from scripts.fork import ROOT, ForkError, Layout, run_main, say
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fork import ROOT, ForkError, run_main, say
+from scripts.fork import ROOT, ForkError, run_main, say
 
 NEEDLE_MODEL = ROOT / "evals" / "needle" / "model"
 UNIPREFILL = {"top_p": 0.99}

@@ -17,10 +17,11 @@ from typing import Any
 
 import aiohttp
 import requests
-from fork import ForkError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+from scripts.fork import ForkError
 
 REQUEST_SECONDS = 3600
 REPORT = {"uniprefill_report": 1}

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fork import ROOT, run_main, say
-
 from evals.provenance import provenance
 from evals.soak.driver import GROWTH_MIB, OPTIONS, problems, soak
 from evals.soak.watch import growth
+from scripts.fork import ROOT, run_main, say
 
 
 def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], command: str) -> str:

@@ -15,15 +15,13 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-import build_image
 import dashboard
-import fork
-import package_index
 import pytest
 from clean_root import CleanRoot
 from dockerfile import Walk
 
 from evals.needle.prompts import is_correct, make_prompt
+from scripts import build_image, fork, package_index
 
 ROOT = fork.ROOT
 FOLDER = ROOT / "build" / "image"

@@ -10,10 +10,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import build_image
-import fork
 import pytest
 from dockerfile import DockerfileError, Ignore, Walk, parse, stages, substitute
+
+from scripts import build_image, fork
 
 ROOT = fork.ROOT
 TEXT = (ROOT / build_image.DOCKERFILE).read_text()
@@ -196,7 +196,7 @@ def test_the_entrypoint_is_vllm_serve_with_our_flag(tmp_path, setting, arguments
 
 def test_it_builds_with_the_scripts_of_make_build():
     makefile = (ROOT / "Makefile").read_text()
-    assert "$(RUN)/build.py --wheel-only $(DEVICE_OPTION)" in re.search(r"^wheel:.*\n(.*)", makefile, re.MULTILINE)[1]
+    assert "$(RUN).build --wheel-only $(DEVICE_OPTION)" in re.search(r"^wheel:.*\n(.*)", makefile, re.MULTILINE)[1]
     for target in ("cpu", "cuda"):
         commands = [step[2] for step in walk(target)[1] if step[0] == "RUN"]
         assert f"make wheel DEVICE={target}" in commands
@@ -214,7 +214,7 @@ def test_without_its_arguments_the_build_stops_with_a_sentence():
 def test_secrets_reach_every_step_that_downloads_packages_and_no_layer():
     for target in ("cpu", "cuda"):
         for step in walk(target)[1]:
-            if step[0] == "RUN" and re.search(r"pip install|make wheel", step[2]):
+            if step[0] == "RUN" and re.search(r"environment|make wheel", step[2]):
                 mounts = {(mount["type"], mount.get("id")): mount["target"] for mount in step[5]}
                 assert mounts[("secret", "pip.conf")] == "/etc/pip.conf"
                 assert mounts[("secret", "ca")] == build_image.CA
@@ -235,7 +235,7 @@ def test_the_context_has_what_the_build_reads_and_nothing_else():
     files = Ignore((ROOT / ".dockerignore").read_text()).files(ROOT)
     names = {"Makefile", "UPSTREAM", "VERSION", "patches/series", "scripts/build.py", "scripts/overlay_wheel.py"}
     started = {"scripts/docker/entrypoint.sh", "scripts/docker/healthcheck.py"}
-    assert names | {"scripts/constraints-cpu.txt"} <= set(files)
+    assert names | {"scripts/lock-cpu.txt"} <= set(files)
     assert {f"patches/{name}" for name, _ in fork.read_series(fork.Layout().series)} <= set(files)
     assert {file.split("/")[0] for file in files} == {"Makefile", "UPSTREAM", "VERSION", "patches", "scripts"}
     assert {file for file in files if file.startswith("scripts/docker/")} == started
@@ -291,9 +291,9 @@ def test_the_health_check_passes_where_health_answers(healthcheck, monkeypatch, 
 
 
 def run_build_image(path, *arguments):
-    command = [sys.executable, ROOT / "scripts" / "build_image.py", *arguments]
+    command = [sys.executable, "-m", "scripts.build_image", *arguments]
     return subprocess.run(
-        command, env={"PATH": f"{path}:/usr/bin:/bin", "HOME": str(path)}, capture_output=True, text=True
+        command, cwd=ROOT, env={"PATH": f"{path}:/usr/bin:/bin", "HOME": str(path)}, capture_output=True, text=True
     )
 
 

@@ -17,11 +17,9 @@ from typing import Any
 import pytest
 
 from evals.needle.prompts import is_correct, make_prompt
+from scripts.serve import server, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from serve import server, wait_until_ready  # noqa: E402
 
 NUM_TOKENS = 4096
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"

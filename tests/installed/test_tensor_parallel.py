@@ -22,9 +22,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from evals.live_server import NAME, live_server
 from evals.needle.prompts import is_correct, make_prompt
-
-# isort: split
-from serve import session_members
+from scripts.serve import session_members
 
 pytestmark = [
     pytest.mark.skipif(not version("vllm").endswith(".cpu"), reason="binds the ranks to CPU cores"),

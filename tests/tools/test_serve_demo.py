@@ -8,12 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-import demo
-import fork
 import pytest
-import serve
 
-SCRIPTS = Path(fork.__file__).parent
+from scripts import demo, fork, serve
 
 
 def value(arguments, option):
@@ -160,8 +157,8 @@ def test_an_interrupted_program_stops_its_server(tmp_path, number, background):
     program.write_text(
         f"""
 import sys, time
-sys.path.insert(0, {str(SCRIPTS)!r})
-import fork, serve
+sys.path.insert(0, {str(fork.ROOT)!r})
+from scripts import fork, serve
 serve.stop_session.__defaults__ = ((.5, .5),)
 def main():
     with serve.server([sys.executable, "-c", {STUBBORN!r}, {str(pids_file)!r}]):
