@@ -140,7 +140,7 @@ def test_stream_reports_on_the_chunk_that_ends_a_choice(url, prompt, path) -> No
 def test_each_choice_reports_its_own_prompt(url, prompt) -> None:
     """A list of prompts, two samples of each: in the order of the prompts, streamed or not."""
     prompts = [make_prompt("multikey", 2048, seed=2).text, prompt.text, "what is k1 ?"]
-    expected = [("pruned", 2048)] * 2 + [("pruned", NUM_TOKENS)] * 2 + [("dense", 4)] * 2
+    expected = [("pruned", 2048)] * 2 + [("pruned", NUM_TOKENS)] * 2 + [("dense", 5)] * 2
     body = {"n": 2, "temperature": 1.0, "top_k": 1}
     status, response = complete(url, prompts, {"uniprefill_report": 1}, **body)
     assert status == 200 and [c["index"] for c in response["choices"]] == list(range(6))
