@@ -77,8 +77,9 @@ def read_stream(lines: Any, started: float, clock: Any = time.perf_counter) -> R
         chunk = json.loads(line.removeprefix("data:"))
         if "error" in chunk:
             raise ForkError(f"The server refused the request: {chunk['error'].get('message', chunk['error'])}")
-        report = chunk.get("uniprefill") or report
-        piece = "".join(choice.get("text") or "" for choice in chunk.get("choices", []))
+        choices = chunk.get("choices", [])
+        report = next((choice["uniprefill"] for choice in choices if "uniprefill" in choice), report)
+        piece = "".join(choice.get("text") or "" for choice in choices)
         if piece and first is None:
             first = clock() - started
         text += piece

@@ -293,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
             "segments": [{"tokens_in": k, "tokens_kept": k} for k in alive],
         }
         text = "wrong" if pruned and i % 2 else f"{answer} ."
-        answered = {"choices": [{"index": 0, "text": text, "finish_reason": "length"}], "uniprefill": said}
+        answered = {"choices": [{"index": 0, "text": text, "finish_reason": "length", "uniprefill": said}]}
         if body.get("stream"):
             time.sleep(0.04 if pruned else 0.2)
             self.reply(f"data: {json.dumps(answered)}\n\ndata: [DONE]\n\n".encode(), "text/event-stream")

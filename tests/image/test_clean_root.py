@@ -159,7 +159,7 @@ def test_a_long_prompt_is_pruned_and_answered(served):
     prompt = make_prompt("multikey", 4096, seed=1)
     response = complete(url, prompt)
     assert is_correct(prompt, response["choices"][0]["text"]), log.read_text()[-2000:]
-    report = response["uniprefill"]
+    report = response["choices"][0]["uniprefill"]
     assert report["outcome"] == "pruned" and report["prompt_tokens"] == 4096
     assert report["segments"][-1]["tokens_kept"] < 4096 / 4
 
@@ -215,4 +215,5 @@ def test_an_operators_own_setting_wins(engine, image, tmp_path):
         prompt = make_prompt("multikey", 2048, seed=1)
         response = complete(f"http://127.0.0.1:{port}", prompt)
     assert is_correct(prompt, response["choices"][0]["text"])
-    assert (response["uniprefill"]["outcome"], response["uniprefill"]["reason"]) == ("dense", "disabled")
+    report = response["choices"][0]["uniprefill"]
+    assert (report["outcome"], report["reason"]) == ("dense", "disabled")

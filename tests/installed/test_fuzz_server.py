@@ -165,7 +165,7 @@ def assert_alive(server: LiveServer, path: str) -> None:
     """After all that, a pruned request is answered, and nothing is left behind."""
     body = GOOD[path] | {"max_tokens": MAX_TOKENS, "vllm_xargs": {"uniprefill_report": 1}}
     response = send(server, path, body)
-    assert response.status_code == 200 and response.json()["uniprefill"]["outcome"] == "pruned"
+    assert response.status_code == 200 and response.json()["choices"][0]["uniprefill"]["outcome"] == "pruned"
     metrics = server.metrics()
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert metrics.total(f"vllm:{name}") == 0, name

@@ -72,7 +72,7 @@ def post(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
     return status, json.loads(text)
 
 
-def complete(url: str, prompt: str, xargs: dict | None = None, **body) -> tuple[int, Any]:
+def complete(url: str, prompt: str | list[str], xargs: dict | None = None, **body) -> tuple[int, Any]:
     body = {"model": "needle", "prompt": prompt, "max_tokens": 4, "temperature": 0} | body
     if xargs is not None:
         body["vllm_xargs"] = xargs
@@ -87,7 +87,7 @@ def prompt():
 def test_pruned_answer_with_report(url, prompt) -> None:
     status, response = complete(url, prompt.text, {"uniprefill_report": 1})
     assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
-    report = response["uniprefill"]
+    report = response["choices"][0]["uniprefill"]
     assert (report["outcome"], report["reason"]) == ("pruned", None)
     assert report["prompt_tokens"] == NUM_TOKENS == response["usage"]["prompt_tokens"]
     segments = report["segments"]
@@ -99,20 +99,20 @@ def test_pruned_answer_with_report(url, prompt) -> None:
 def test_dense_by_request(url, prompt) -> None:
     status, response = complete(url, prompt.text, {"uniprefill": 0, "uniprefill_report": 1})
     assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
-    report = response["uniprefill"]
+    report = response["choices"][0]["uniprefill"]
     assert (report["outcome"], report["reason"]) == ("dense", "disabled")
     assert {s["tokens_kept"] for s in report["segments"]} == {NUM_TOKENS}
 
 
 def test_no_report_unless_asked(url, prompt) -> None:
     _, response = complete(url, prompt.text)
-    assert "uniprefill" not in response
+    assert "uniprefill" not in response["choices"][0]
 
 
 def test_per_request_share(url, prompt) -> None:
     def kept(**xargs) -> list[int]:
         _, response = complete(url, prompt.text, {"uniprefill_report": 1, **xargs})
-        return [s["tokens_kept"] for s in response["uniprefill"]["segments"]]
+        return [s["tokens_kept"] for s in response["choices"][0]["uniprefill"]["segments"]]
 
     assert kept(uniprefill_top_p=1.0) == [NUM_TOKENS] * len(kept())
     assert kept(uniprefill_keep_ratio=0.5)[0] == NUM_TOKENS // 2
@@ -120,7 +120,7 @@ def test_per_request_share(url, prompt) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_stream_reports_on_its_last_chunk(url, prompt, path) -> None:
+def test_stream_reports_on_the_chunk_that_ends_a_choice(url, prompt, path) -> None:
     body: dict[str, Any] = {"model": "needle", "max_tokens": 4, "temperature": 0, "stream": True}
     if "chat" in path:
         body["messages"] = [{"role": "user", "content": prompt.text}]
@@ -128,23 +128,45 @@ def test_stream_reports_on_its_last_chunk(url, prompt, path) -> None:
         body["prompt"] = prompt.text
     status, chunks = post(url, path, body | {"vllm_xargs": {"uniprefill_report": 1}})
     assert status == 200
-    with_report = [chunk for chunk in chunks if "uniprefill" in chunk]
-    assert len(with_report) == 1
-    assert with_report[0]["choices"][0]["finish_reason"] is not None
-    assert with_report[0]["uniprefill"]["outcome"] == "pruned"
+    [ended] = [chunk["choices"][0] for chunk in chunks if "uniprefill" in chunk["choices"][0]]
+    assert ended["finish_reason"] is not None
+    assert ended["uniprefill"]["outcome"] == "pruned"
     _, silent = post(url, path, body)
-    assert not [chunk for chunk in silent if "uniprefill" in chunk]
+    assert not [chunk for chunk in silent if "uniprefill" in chunk["choices"][0]]
+
+
+def test_each_choice_reports_its_own_prompt(url, prompt) -> None:
+    """A list of prompts, two samples of each: in the order of the prompts, streamed or not."""
+    prompts = [make_prompt("multikey", 2048, seed=2).text, prompt.text, "what is k1 ?"]
+    expected = [("pruned", 2048)] * 2 + [("pruned", NUM_TOKENS)] * 2 + [("dense", 5)] * 2
+    body = {"n": 2, "temperature": 1.0, "top_k": 1}
+    status, response = complete(url, prompts, {"uniprefill_report": 1}, **body)
+    assert status == 200 and [c["index"] for c in response["choices"]] == list(range(6))
+    reports = [choice["uniprefill"] for choice in response["choices"]]
+    assert [(r["outcome"], r["prompt_tokens"]) for r in reports] == expected
+    _, chunks = complete(url, prompts, {"uniprefill_report": 1}, stream=True, **body)
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if "uniprefill" in choice]
+    streamed = {choice["index"]: choice["uniprefill"] for choice in choices}
+    assert len(choices) == 6 and [streamed[i] for i in range(6)] == reports
+
+
+def test_batched_chat_reports_each_conversation(url, prompt) -> None:
+    conversations = [[{"role": "user", "content": text}] for text in (prompt.text, "what is k1 ?")]
+    body = {"model": "needle", "messages": conversations, "max_tokens": 2}
+    status, response = post(url, "/v1/chat/completions/batch", body | {"vllm_xargs": {"uniprefill_report": 1}})
+    assert status == 200, response
+    assert [c["uniprefill"]["outcome"] for c in response["choices"]] == ["pruned", "dense"]
 
 
 def test_chat_report(url, prompt) -> None:
     messages = [{"role": "user", "content": prompt.text}]
     body = {"model": "needle", "messages": messages, "max_tokens": 4, "temperature": 0}
     _, silent = post(url, "/v1/chat/completions", body)
-    assert "uniprefill" not in silent
+    assert "uniprefill" not in silent["choices"][0]
     body["vllm_xargs"] = {"uniprefill_report": 1}
     status, response = post(url, "/v1/chat/completions", body)
     assert status == 200 and is_correct(prompt, response["choices"][0]["message"]["content"])
-    assert response["uniprefill"]["outcome"] == "pruned"
+    assert response["choices"][0]["uniprefill"]["outcome"] == "pruned"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +180,8 @@ def test_chat_report(url, prompt) -> None:
         ({"uniprefill_keep_ratio": 0}, "uniprefill_keep_ratio"),
         ({"uniprefill_keep_ratio": "half"}, "uniprefill_keep_ratio"),
         ({"uniprefill_keep_ratio": 0.5, "uniprefill_top_p": 0.9}, "uniprefill_keep_ratio"),
+        ({"uniprefill_top_p": True}, "uniprefill_top_p"),
+        ({"uniprefill": 0, "uniprefill_top_p": 0.9}, "uniprefill_top_p"),
         ({"uniprefill": 2}, "uniprefill"),
         ({"uniprefill": "yes"}, "uniprefill"),
         ({"uniprefill_report": 0.5}, "uniprefill_report"),
@@ -193,7 +217,7 @@ def test_many_at_once(url) -> None:
         xargs = {"uniprefill_report": 1, **({"uniprefill": 0} if i % 4 == 3 else {})}
         status, response = complete(url, prompts[i].text, xargs)
         assert status == 200
-        return response["choices"][0]["text"], response["uniprefill"]
+        return response["choices"][0]["text"], response["choices"][0]["uniprefill"]
 
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(ask, range(12)))
@@ -222,7 +246,7 @@ def test_metrics_count_what_the_reports_say(url, prompt) -> None:
     reports = []
     for body in ({}, {"uniprefill_keep_ratio": 0.5}, {"uniprefill": 0}):
         _, response = complete(url, prompt.text, {"uniprefill_report": 1} | body)
-        reports.append(response["uniprefill"])
+        reports.append(response["choices"][0]["uniprefill"])
     complete(url, "what is k1 ?")
     after = metrics_of(url)
 

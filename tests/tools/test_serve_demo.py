@@ -74,7 +74,7 @@ def test_a_stream_gives_text_time_and_report():
     lines = stream(
         '{"choices": [{"text": ""}]}',
         '{"choices": [{"text": " v1"}]}',
-        json.dumps({"choices": [{"text": "2", "finish_reason": "length"}], "uniprefill": REPORT}),
+        json.dumps({"choices": [{"text": "2", "finish_reason": "length", "uniprefill": REPORT}]}),
         '{"choices": [], "usage": {}}',
     )
     ticks = iter([12.5, 99.0])
