@@ -171,7 +171,7 @@ class Traffic:
             text, reports = "", []
             async for chunk in chunks(response):
                 text += chunk["choices"][0]["text"]
-                reports += [chunk["uniprefill"]] if "uniprefill" in chunk else []
+                reports += [place["uniprefill"] for place in (chunk, *chunk["choices"]) if "uniprefill" in place]
         self.check(question, variant, text)
         pruned = variant != "dense" and question.num_tokens >= 1024
         if [report["outcome"] for report in reports] != ["pruned" if pruned else "dense"]:
