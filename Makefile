@@ -64,7 +64,8 @@ bench-load: build ## a live server under short and long prompts at once, with vl
 	@exec $(VENV) -m evals.bench.load $(ARGS)
 
 soak: build ## half an hour of random traffic and faults against a live server
-	@exec $(VENV) -m evals.soak $(ARGS)
+	@$(if $(MODEL),echo 'make soak checks answers that only the needle model gives: leave MODEL out' >&2; exit 2;) \
+		exec $(VENV) -m evals.soak $(ARGS)
 
 eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
 	@exec $(VENV) -m evals.lm $(if $(MODEL),--model '$(MODEL)') $(if $(LENGTHS),--lengths '$(LENGTHS)') \

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,16 +62,22 @@ def install_lock(python: Path, device: str, tools: bool = True) -> None:
     pins = lock.read(lock.path_of(device))
     if not tools:
         pins = lock.without_tools(pins)
+    # the lock is complete; and pip before 24 refuses, with hashes, a dependency that names an extra
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--require-hashes", "--no-deps", "-r"]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "requirements.txt"
-        pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--require-hashes", "-r", file]
-        if device == "cpu":  # whether torch is a CPU build depends on the index: see what came
-            file.write_text("".join(pin.text for pin in pins if pin.name == "torch"))
-            run([*pip, "--no-deps"], "pip install")
+        if device == "cpu":
+            (torch,) = [pin.text for pin in pins if pin.name == "torch"]
+            file.write_text(re.sub(r"^(torch==\S+)", r"\1+cpu", torch))
+            try:  # pip itself would take a file whose hash its index names over a CPU build in a folder
+                run([*pip, file], "pip install")
+            except ForkError:
+                file.write_text(torch)
+                run([*pip, file], "pip install")
             if not torch_needs_cuda(python):
                 pins = [pin for pin in pins if not pin.name.startswith(CUDA_LIBRARIES)]
         file.write_text("".join(pin.text for pin in pins))
-        run(pip, "pip install")
+        run([*pip, file], "pip install")
 
 
 def ensure_venv(device: str, layout: Layout) -> bool:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from test_fuzz_arguments import ARGUMENTS, FUZZ_TIMES, objects
 
-from evals.live_server import CHAT_TEMPLATE, NAME, LiveServer, live_server
+from evals.live_server import NAME, LiveServer, live_server
 from evals.needle.prompts import make_prompt
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,6 @@ OPTIONS: dict[str, str | None] = {
     "--max-num-batched-tokens": "2048",
     "--max-num-seqs": "8",
     "--kv-cache-memory-bytes": "16M",
-    "--chat-template": CHAT_TEMPLATE,
 }
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": NAME, "prompt": PROMPT},
