@@ -70,14 +70,14 @@ def all_parts(shape: str, small: bool, stock: Path) -> list[Part]:
     at = ("--shape", shape)
     slower = 4 if small else 1  # what is tried small is tried on a CPU
     pristine = ("--pristine", str(stock)) if (stock / "vllm").is_dir() else ()
-    once = "1" if small else "7"
+    once, few = ("1", "1") if small else ("7", "3")
     kernels, only_small = "tests/gpu/test_kernels.py", ("-k", "small")
     return [
-        tests("checks", 110 * slower, kernels, *(only_small if small else ())),
+        tests("checks", 80 * slower, kernels, *(only_small if small else ())),
         bench("kernels", 45 * slower, *at, "--parts", "kernels", "--repeats", once),
         bench("ttft", 240 * slower, *at, "--parts", "ttft,breakdown,interleave", "--repeats", "1" if small else "2"),
-        tests("graphs", 70 * slower, "tests/gpu/test_graphs.py", **({"REHEARSE_GRAPHS": "1"} if small else {})),
-        bench("decode", 140 * slower, *at, "--parts", "decode", "--decode-rounds", "1", "--repeats", once, *pristine),
+        tests("graphs", 100 * slower, "tests/gpu/test_graphs.py", **({"REHEARSE_GRAPHS": "1"} if small else {})),
+        bench("decode", 200 * slower, *at, "--parts", "decode", "--decode-rounds", "1", "--repeats", few, *pristine),
         tests("sanitizer", 60 * slower, kernels, *only_small, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         bench("traffic", 110 * slower, *at, "--parts", "concurrency,poisson", "--repeats", "1", "--arrivals", "16"),
     ]

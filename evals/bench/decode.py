@@ -1,4 +1,5 @@
-"""The part decode: time per token on the pristine release and on the fork, in turn, each in processes of its own."""
+"""The part decode: time per token and to the first one, on the pristine release and on the fork, in processes of
+their own, in turn."""
 
 from __future__ import annotations
 
@@ -21,21 +22,18 @@ from scripts.fork import ForkError, Layout, say
 from scripts.upstream_tests import make_release
 
 WORKER = Path(__file__).with_name("decode_worker.py")
-CONTEXTS = (1024, 8192)
+CONTEXTS = {"cpu": (1024, 8192), "cuda": (1024, 8192, 65536)}
 NEW_TOKENS = 64
 PRISTINE, FORK = "pristine", "fork, no flag"
 DENSE, PRUNED = "fork, flag, dense", "fork, flag, pruned"
 WIDEST_SPREAD = 0.2  # runs that differ by more tell nothing
-# On a GPU: FULL graphs of decodes as a server has them, without the minute that torch.compile takes.
-GPU_COMPILATION = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]}
 
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
     """One row, which says what all of them share."""
-    arguments = bench.arguments(EngineSpec((), max(CONTEXTS), NEW_TOKENS))
-    if bench.device == "cuda":
-        arguments["compilation_config"] = GPU_COMPILATION
-    prompts = {size_label(tokens): bench.prompts.ids(tokens, 1) for tokens in CONTEXTS}
+    contexts = CONTEXTS[bench.device]
+    arguments = bench.arguments(EngineSpec((), contexts[-1], NEW_TOKENS))
+    prompts = {size_label(tokens): bench.prompts.ids(tokens, 1) for tokens in contexts}
     with TemporaryDirectory(prefix="bench-pristine-") as folder:
         pristine = bench.options.pristine
         if pristine is None and bench.device == "cpu":
@@ -94,6 +92,7 @@ def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: i
     With a single round there is one process of a kind, and its repetitions are the values.
     """
     medians: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    first: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     packages: dict[str, str] = {}
     for number in range(rounds):
         for job, release in rotated(jobs, number):
@@ -104,6 +103,8 @@ def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: i
                     packages[request] = found["package"]
                     median = statistics.median(seconds)
                     medians[context][request] += seconds if rounds == 1 else [median]
+                    to_first = found["first"][context][request]
+                    first[context][request] += to_first if rounds == 1 else [statistics.median(to_first)]
                     line.append(f"{request} {context} {median * 1e3:.2f} ms")
             say(f"decode, round {number + 1}/{rounds}: {', '.join(line)}")
     return {
@@ -115,7 +116,9 @@ def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: i
             {
                 "context": context,
                 "seconds_per_token": {name: spread(values) for name, values in requests.items()},
+                "seconds_to_first": {name: spread(values) for name, values in first[context].items()},
                 "compared": comparisons(requests),
+                "first_compared": comparisons(first[context]),
             }
             for context, requests in medians.items()
         ],
@@ -155,11 +158,13 @@ def section(result: Result) -> str:
     def lines() -> Iterator[tuple[str, ...]]:
         for row in result.get("decode", {}).get("contexts", []):
             for name, value in row["seconds_per_token"].items():
-                yield row["context"], name, ranged(value, 2, 1e3)
+                yield row["context"], name, ranged(value, 2, 1e3), ranged(row["seconds_to_first"][name], 1, 1e3)
             for pair, value in row["compared"].items():
-                yield row["context"], f"{pair}: times faster", f"{value['ratio']:.3f}x, spread {value['spread']:.3f}"
+                both = value, row["first_compared"][pair]
+                shown = (f"{found['ratio']:.3f}x, spread {found['spread']:.3f}" for found in both)
+                yield row["context"], f"{pair}: times faster", *shown
 
-    return table(("context", "", "median of processes [range]"), lines())
+    return table(("context", "", "a token: median [range]", "to the first token"), lines())
 
 
 def panels(result: Result) -> list[Panel]:

@@ -15,8 +15,7 @@ import vllm  # noqa: F401  before torch: on a CPU it chooses Triton's interprete
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from evals.bench.decode import GPU_COMPILATION
-from evals.bench.engine import DENSE, EngineSpec, engine, keep_ratio_variant
+from evals.bench.engine import DENSE, GPU_DEFAULTS, EngineSpec, engine, keep_ratio_variant
 from evals.bench.hooks import captured_graphs
 from evals.bench.shapes import NEEDLE_MODEL, Prompts
 
@@ -24,6 +23,7 @@ GPU = torch.cuda.is_available()
 REHEARSED = "REHEARSE_GRAPHS" in os.environ  # without a GPU, so without graphs: both engines are eager
 LENGTHS = (2048, 5000, 9000) if GPU else (2048, 3000)
 NEW_TOKENS = 24
+BUDGET = {"max_num_batched_tokens": 4096}  # longer prompts take the lane
 
 
 def generate(llm: LLM) -> list[list[int]]:
@@ -56,11 +56,11 @@ def test_full_graphs_decode_the_tokens_of_eager(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     spec = EngineSpec((1, 3, 5), max(LENGTHS), NEW_TOKENS, seqs=2 * len(LENGTHS), resident=4)
     arguments = spec.arguments(NEEDLE_MODEL, "auto")
-    arguments["uniprefill_config"] = {"selection_layers": list(spec.cuts)}
+    arguments |= {"uniprefill_config": {"selection_layers": list(spec.cuts)}, **BUDGET}
     with engine(arguments | {"enforce_eager": True}) as llm:
         eager = generate(llm)
         del llm
-    graphs = {"compilation_config": GPU_COMPILATION | {"cudagraph_capture_sizes": [1, 2, 4, 8]}} if GPU else {}
+    graphs = GPU_DEFAULTS | BUDGET if GPU else {}
     with engine(arguments | {"enforce_eager": not GPU} | graphs) as llm:
         assert not GPU or captured_graphs(llm) > 0
         assert generate(llm) == eager
