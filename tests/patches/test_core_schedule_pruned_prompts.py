@@ -139,18 +139,17 @@ def test_a_preempted_request_is_taken_whole_with_its_outputs(engine) -> None:
     assert engine.took(request) == [1]
 
 
-def test_a_prompt_does_not_starve_under_dense_traffic(engine) -> None:
+@pytest.mark.parametrize("pool", [0, POOL])
+def test_a_prompt_does_not_starve_under_dense_traffic(make_engine, pool: int) -> None:
     """New dense prompts come every step, each large enough to crowd it out."""
+    engine = make_engine({"pool_tokens": pool})
     for _ in range(6):
         engine.add(200, max_tokens=3, extra=DENSE)
     long = engine.add(250, max_tokens=1)
     for _ in range(40):
         engine.add(200, max_tokens=3, extra=DENSE)
-        lane = engine.scheduler.lane
-        done = lane is long and long.num_computed_tokens == 249
-        engine.step({long.request_id: [250, 100, 100]} if done else None)
-        if long.is_finished():
-            break
+        ready = engine.scheduler.lane is long and long.num_computed_tokens == 249
+        engine.step({long.request_id: [250, 100, 100]} if ready else None)
     assert long.is_finished()
 
 
@@ -244,18 +243,6 @@ def test_the_long_prefill_threshold_bounds_the_lane_unless_it_is_alone(make_engi
         assert [step.num_scheduled_tokens.get(r.request_id, 0) for r in (long, decode)] == expected
         grants.append(step.uniprefill.lane.rows)
     assert grants == [0, 0, 100, 100, 100, BUDGET]
-
-
-def test_without_a_pool_a_prompt_does_not_starve_either(make_engine) -> None:
-    engine = make_engine({"pool_tokens": 0})
-    engine.add(200, max_tokens=3, extra=DENSE)
-    engine.step()
-    longest = engine.add(250)
-    for _ in range(40):
-        engine.add(200, max_tokens=3, extra=DENSE)
-        if engine.took(longest) != [0]:
-            break
-    assert longest.num_output_tokens == 1
 
 
 def test_a_preempted_prompt_starts_again_and_its_outputs_follow_the_lane(engine) -> None:

@@ -355,6 +355,7 @@ class ToyInner(nn.Module):
                 metadata=dict(context.attn_metadata),
                 slots={name: slots.tolist() for name, slots in context.slot_mapping.items()},
                 num_padding_rows=len(context.is_padding),
+                moe_layer_index=context.moe_layer_index,
             )
         )
         if group.is_first_rank:
@@ -399,7 +400,14 @@ def toy(config: VllmConfig) -> ToyModel:
     return ToyModel(attention).to(DEVICE).requires_grad_(False)
 
 
-class Step:
+class Observer:
+    """Sees what was selected; the spans are not its business."""
+
+    def span(self, name: str) -> nullcontext:
+        return nullcontext()
+
+
+class Step(Observer):
     """One step of the toy through the SegmentRunner, with metadata that says what was asked."""
 
     def __init__(self, config: VllmConfig, toy: ToyModel, batch: InputBatch, prompts: list[PromptRows]) -> None:
@@ -420,9 +428,6 @@ class Step:
     def enter_segment(self, segment: int, rows: SegmentRows):
         self.entered.append((segment, rows))
         return {f"layers of {segment}": segment}, {f"layers of {segment}": rows.slot_mapping}
-
-    def span(self, name: str) -> nullcontext:
-        return nullcontext()
 
     def selected(self, event: Selected) -> None:
         self.events.append(event)
@@ -521,30 +526,6 @@ def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config,
         assert counts[2] == int(alive[start:end].sum())
         assert alive[start : start + 4].all() and alive[end - 4 : end].all()  # sink, recent
     assert alive[0] and alive[41:44].all() and alive[44:49].all()  # decode, outputs, chunk
-
-
-def test_three_positions_a_token_follow_their_rows(config, toy) -> None:
-    """M-RoPE: [3, tokens]. The attention metadata goes on counting tokens."""
-    step = mixed_step(config, toy, keep_ratio=0.5)
-    one = step.batch.positions
-    step.inputs["positions"] = torch.stack([one, one // 2, 100 - one])
-    hidden_states = step.run()
-    alive = hidden_states.any(1)
-    assert torch.equal(hidden_states[alive], step.dense()[alive])
-    for call, (_, rows) in zip(toy.model.calls[1:3], step.entered, strict=True):
-        time, height, width = call.positions
-        assert time == rows.batch.positions.tolist()
-        assert height == [p // 2 for p in time] and width == [100 - p for p in time]
-
-
-def test_dropped_counts_are_those_of_each_segment(config, toy) -> None:
-    step = mixed_step(config, toy, keep_ratio=0.5)
-    step.run()
-    check_mirror(step.state)
-    for counts, slot in zip(step.alive, (4, 5), strict=True):
-        dropped = [counts[0] - count for count in counts]
-        assert step.state.dropped_np[:, slot].tolist() == dropped
-    assert not step.state.dropped_np[:, :4].any()
 
 
 def test_a_segments_metadata_is_built_from_its_rows(config, toy) -> None:
@@ -737,47 +718,13 @@ def test_graph_steps_fill_the_persistent_buffers_even_so(model_state) -> None:
     assert slots == [20]
 
 
-def test_a_pruning_step_runs_segments_and_hands_out_what_was_kept(model_state, config, toy) -> None:
-    """Its dense metadata first; the kept counts once; the next step is stock."""
-    batch = make_batch([1, 40], [2, 4], computed=[60, 0])
-    model_state.add_request(4, new_request("r4", decide(40)))
-    assert model_state.needs_eager(plan_of(("r4",)))
-    metadata = prepare(model_state, batch)
-    assert sorted(metadata) == sorted(model_state.layer_names[0])
-    inputs = {
-        "input_ids": torch.arange(41, device=DEVICE),
-        "positions": batch.positions,
-        "intermediate_tensors": None,
-        "inputs_embeds": None,
-    }
-    slots = model_state.get_own_slot_mappings(41)
-    with set_forward_context(metadata, config, slot_mapping=slots, is_padding=batch.is_padding):
-        hidden_states = model_state.run_model(toy, dict(inputs), batch)
-    assert hidden_states.shape == (41, HIDDEN)
-    kept = model_state.take_kept_tokens()
-    assert list(kept) == ["r4"] and kept["r4"][0] == 40 > kept["r4"][2]
-    assert model_state.take_kept_tokens() is None
-    # Kept tokens sit in the first slots of the request's own blocks, 8 to 15.
-    last = toy.model.calls[-1]
-    slots = last.slots["model.layers.7.self_attn.attn"]
-    assert slots == [60, *(8 * KV_BLOCK + i for i in range(kept["r4"][2]))]
-    seen, *_ = last.metadata["model.layers.7.self_attn.attn"]
-    assert seen.seq_lens.tolist() == [61, kept["r4"][2]]
-
-    assert not model_state.needs_eager(plan_of())
-    toy.model.calls.clear()
-    with set_forward_context({}, config, slot_mapping={}, is_padding=batch.is_padding):
-        model_state.run_model(toy, dict(inputs), batch)
-    assert [call.layers for call in toy.model.calls] == [(0, LAYERS)]
-
-
 # --- the lane --------------------------------------------------------------------------
 
 BLOCKS = 20  # a request
 TABLE = torch.arange(MAX_REQS * BLOCKS, dtype=torch.int32).view(MAX_REQS, BLOCKS).to(DEVICE)
 
 
-class Worker:
+class Worker(Observer):
     """A model runner of toys: real model state, exact attention over a KV cache of its slots."""
 
     def __init__(self, config: VllmConfig, toy: ToyModel, *, mrope: bool = False) -> None:
@@ -791,9 +738,6 @@ class Worker:
         self.events: dict[str, list[list[int]]] = {}
         names = self.state.layer_names
         self.groups = [[SimpleNamespace(segment=i, layer_names=names[i]) for i in range(3)]]
-
-    def span(self, name: str) -> nullcontext:
-        return nullcontext()
 
     def selected(self, event: Selected) -> None:
         self.events.setdefault(event.req_id, []).append(event.kept.tolist())
@@ -820,6 +764,7 @@ class Worker:
         self.toy.model.calls.clear()
         context = set_forward_context(metadata, self.config, slot_mapping=by_layer, is_padding=batch.is_padding)
         with context, observed_by(self):
+            get_forward_context().all_moe_layers = [f"model.layers.{i}.mlp.experts" for i in range(LAYERS)]
             hidden_states = self.state.run_model(self.toy, inputs, batch)
         assert hidden_states.shape == (batch.num_tokens, HIDDEN) and eager == (bool(whole) or lane is not None)
         num_rejected = torch.zeros(len(slots), dtype=torch.int32)
@@ -830,6 +775,11 @@ class Worker:
                 last = int(batch.query_start_loc_np[i + 1]) - 1
                 self.outputs[slot, int(positions[last])] = hidden_states[last].tolist()
         self.kept |= self.state.take_kept_tokens() or {}
+        assert self.state.take_kept_tokens() is None
+        check_mirror(self.state.segment_state)
+        calls = self.toy.model.calls
+        assert eager or [call.layers for call in calls] == [(0, LAYERS)]
+        assert all(call.moe_layer_index == call.layers[0] for call in calls), "also where a segment was skipped"
         if lane is not None:
             self.check_bounds(lane, rows)
 
