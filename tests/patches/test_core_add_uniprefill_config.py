@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from vllm.config import UniPrefillConfig, VllmConfig
+from vllm.config import UniPrefillConfig
 from vllm.config.compilation import CompilationMode
 from vllm.config.uniprefill import DEFAULT_POOL_TOKENS
 from vllm.engine.arg_utils import EngineArgs
@@ -226,14 +226,13 @@ def test_what_is_no_json_object_is_a_usage_error(text: str, reason: str, capsys)
     assert last.endswith(f": error: argument --uniprefill-config: {sentence}")
 
 
-def test_the_flag_turns_compilation_off_unless_asked_for(configure) -> None:
+def test_the_flag_reaches_the_config_and_leaves_compilation_alone(configure) -> None:
     config = configure({"top_p": 0.9})
     assert config.uniprefill_config.top_p == 0.9
     assert config.uniprefill_config.selection_layers == [1, 3, 5]
-    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.compilation_config.mode == configure(None).compilation_config.mode
     assert config.use_v2_model_runner
-    asked = configure({}, compilation_config={"mode": CompilationMode.STOCK_TORCH_COMPILE})
-    assert asked.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
+    config.uniprefill_config.verify_with(config)  # as where a config arrives
 
 
 def test_without_the_flag_the_config_is_the_releases(configure) -> None:
@@ -303,17 +302,12 @@ def test_what_does_not_work_together_is_refused_by_name(configure, arguments, na
     assert named in str(error.value)
 
 
-def verify_again(config: VllmConfig) -> None:
-    config.scheduler_config.scheduler_cls = None  # as the user left it
-    config.uniprefill_config.verify_with(config)
-
-
 @pytest.mark.parametrize("architecture", UNBOUNDED_ARCHITECTURES)
 def test_models_without_layer_bounds_are_refused_by_their_class(configure, monkeypatch, architecture) -> None:
     config = configure({})
     monkeypatch.setattr(config.model_config, "_architecture", architecture)
     with pytest.raises(ValueError) as error:
-        verify_again(config)
+        config.uniprefill_config.verify_with(config)
     assert str(error.value) == (
         f"--uniprefill-config does not work with models whose layers cannot be run in parts ({architecture}); "
         "serve another model or drop --uniprefill-config."
@@ -325,7 +319,7 @@ def test_models_without_pipeline_parallelism_are_refused_by_their_class(configur
     model = config.model_config
     monkeypatch.setattr(model, "_model_info", dataclasses.replace(model._model_info, supports_pp=False))
     with pytest.raises(ValueError, match=r"layers cannot be run in parts \(LlamaForCausalLM\);"):
-        verify_again(config)
+        config.uniprefill_config.verify_with(config)
 
 
 def test_the_transformers_backend_is_refused_in_one_sentence(configure) -> None:

@@ -47,6 +47,7 @@ def test_by_default_there_is_nothing_of_its_own(state: DefaultModelState) -> Non
     assert state.needs_eager(SchedulerOutput.make_empty()) is False
     assert state.get_own_slot_mappings(5) == {}
     assert state.take_kept_tokens() is None
+    assert state.get_warmup_steps() == []
     num_sampled, num_rejected = torch.tensor([1, 0]), torch.tensor([0, 2])
     state.take_back_tokens(None, num_sampled, num_rejected)
     assert (num_sampled.tolist(), num_rejected.tolist()) == ([1, 0], [0, 2])

@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
@@ -27,6 +28,7 @@ from vllm.v1.uniprefill.policy import Decision
 from vllm.v1.uniprefill.step_plan import LaneGrant, StepPlan
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.uniprefill.eager import EagerKernels
 from vllm.v1.worker.gpu.uniprefill.events import Selected, observed_by
 from vllm.v1.worker.gpu.uniprefill.model_state import SegmentedModelState, with_segments
 from vllm.v1.worker.gpu.uniprefill.rows import Guest, PromptRows, SegmentRows
@@ -716,6 +718,50 @@ def test_graph_steps_fill_the_persistent_buffers_even_so(model_state) -> None:
     buffer = model_state.segment_state.seq_lens[2]
     assert seen.seq_lens.data_ptr() == buffer.data_ptr() and buffer[0] == 21
     assert slots == [20]
+
+
+@pytest.mark.parametrize(("num_blocks", "num_tokens"), [(1000, 1024), (5, 4 * KV_BLOCK), (1, 0)])
+def test_kernels_are_warmed_up_with_a_pruned_prompt_that_fits_the_cache(model_state, num_blocks, num_tokens) -> None:
+    """Beside the null block; afterwards the request is gone."""
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=KV_BLOCK))
+    cache = SimpleNamespace(kv_cache_groups=[group], num_blocks=num_blocks)
+    model_state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK]))
+    steps = model_state.get_warmup_steps()
+    assert len(steps) == (2 if num_tokens else 0)
+    if not num_tokens:
+        return
+    prune, finish = steps
+    (request,) = prune.scheduled_new_reqs
+    assert prune.uniprefill == StepPlan(whole=frozenset({request.req_id})) and request.prefill_decision.pruned
+    assert prune.num_scheduled_tokens == {request.req_id: num_tokens} and len(request.prefill_token_ids) == num_tokens
+    assert list(*request.block_ids) == list(range(1, 1 + num_tokens // KV_BLOCK))
+    assert finish.finished_req_ids == {request.req_id} and finish.total_num_scheduled_tokens == 0
+
+
+@CustomOp.register("toy_of_uniprefill")
+class ToyOp(CustomOp):
+    def forward_native(self) -> str:
+        return "native"
+
+    def forward_cpu(self) -> str:
+        return "kernel"
+
+    forward_cuda = forward_cpu
+
+
+@pytest.mark.parametrize("custom_ops", [["none"], ["none", "-toy_of_uniprefill"]], ids=str)
+def test_a_pruning_step_runs_kernels_beside_a_compiled_model(configure, custom_ops: list[str]) -> None:
+    """Those of ops that the user did not refuse; the compiled model's come back, also by an exception."""
+    settings = {"mode": CompilationMode.VLLM_COMPILE, "custom_ops": custom_ops}
+    config = configure(UNIPREFILL, compilation_config=settings)
+    with set_current_vllm_config(config):
+        op = ToyOp()
+        kernels = EagerKernels(config, nn.ModuleList([op]))
+    assert op() == "native"
+    with pytest.raises(RuntimeError), kernels.chosen():
+        assert op() == ("native" if len(custom_ops) > 1 else "kernel")
+        raise RuntimeError
+    assert op() == "native"
 
 
 # --- the lane --------------------------------------------------------------------------
