@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,12 @@ import vllm  # noqa: E402, F401  before torch: on a CPU it chooses Triton's inte
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.request import Request
+
+KV_BLOCK = 16  # tokens, of the schedulers made here
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +51,80 @@ def configure(llama: Path) -> Callable[..., VllmConfig]:
         return EngineArgs(**(settings | arguments)).create_engine_config()
 
     return create
+
+
+@pytest.fixture(scope="session")
+def make_request() -> Callable[..., Request]:
+    """Makes a request of so many tokens that no other request shares, or of these tokens."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    init_none_hash(sha256)
+    ids = count()
+
+    def make(
+        prompt: int | list[int], *, max_tokens: int = 16, extra: dict | None = None, resumable=False, **params: Any
+    ) -> Request:
+        number = next(ids)
+        return Request(
+            request_id=str(number),
+            prompt_token_ids=[number % 1000] * prompt if isinstance(prompt, int) else prompt,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra, **params),
+            pooling_params=None,
+            block_hasher=get_request_block_hasher(KV_BLOCK, sha256),
+            resumable=resumable,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_scheduler(configure: Callable[..., VllmConfig]) -> Callable[..., Scheduler]:
+    """Makes the engine's scheduler, or that class, with one KV cache group of so many blocks."""
+    import torch
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    def make(
+        uniprefill: dict[str, Any] | None, num_blocks: int = 1000, *, cls: type | None = None, **arguments: Any
+    ) -> Scheduler:
+        settings = {"block_size": KV_BLOCK, "enable_prefix_caching": True, "async_scheduling": False}
+        config = configure(uniprefill, **(settings | arguments))
+        config.cache_config.num_gpu_blocks = num_blocks
+        register_all_kvcache_specs(config)
+        spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        return (cls or config.scheduler_config.get_scheduler_cls())(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+            ),
+            block_size=KV_BLOCK,
+            log_stats=True,
+            structured_output_manager=StructuredOutputManager(config),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finish_step() -> Callable[..., dict[str, EngineCoreOutput]]:
+    """Samples a token of every request whose tokens are all computed; outputs by request id."""
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    def finish(scheduler: Scheduler, step: SchedulerOutput, kept: dict | None = None) -> dict[str, EngineCoreOutput]:
+        requests = [scheduler.requests[req_id] for req_id in step.num_scheduled_tokens]
+        sampled = [[7] if r.num_computed_tokens >= r.num_tokens else [] for r in requests]
+        index = {request.request_id: i for i, request in enumerate(requests)}
+        output = ModelRunnerOutput(list(index), index, sampled_token_ids=sampled)
+        if kept:
+            output.uniprefill_kept = kept
+        of_clients = scheduler.update_from_output(step, output).values()
+        return {output.request_id: output for o in of_clients for output in o.outputs}
+
+    return finish
 
 
 @pytest.fixture(scope="module")

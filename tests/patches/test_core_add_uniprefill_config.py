@@ -12,21 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import nn
 from vllm.config import UniPrefillConfig
 from vllm.config.compilation import CompilationMode
-from vllm.config.uniprefill import UNBOUNDED_ARCHITECTURES
+from vllm.config.uniprefill import DEFAULT_POOL_TOKENS
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.uniprefill.segments import (
+from vllm.v1.uniprefill.plan import (
     SegmentPlan,
     auto_selection_layers,
-    find_bounded_model,
     layer_kinds,
     resolve_selection_layers,
     segment_of_layer_name,
 )
+from vllm.v1.uniprefill.support import UNBOUNDED_ARCHITECTURES
 
 FULL, SLIDING, LINEAR = "full", "sliding", "linear"
 
@@ -50,6 +49,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert (config.top_p_over, config.block_size, config.num_queries) == ("all", 64, 128)
     assert (config.sink_tokens, config.recent_tokens) == (128, 128)
     assert (config.min_prompt_tokens, config.enabled) == (1024, True)
+    assert (config.pool_tokens, config.pool_device) == (None, "device")
 
 
 def test_keep_ratio_takes_the_place_of_the_default_top_p() -> None:
@@ -90,11 +90,13 @@ def test_shares_up_to_one_are_taken(share: float) -> None:
             ({"selection_layers": bad}, f'selection_layers must be "auto" or a list of layer numbers, not {bad!r}.')
             for bad in ("some", [True], [[1]], 3)
         ),
+        ({"pool_tokens": -1}, "pool_tokens must be greater than or equal to 0, not -1."),
+        ({"pool_device": "cpu"}, "pool_device must be 'device' or 'host', not 'cpu'."),
         ({"top_p_over": "none"}, "top_p_over must be 'all' or 'middle', not 'none'."),
         (
             {"top_q": 0.9},
             "'top_q' is no setting; use one of selection_layers, top_p, keep_ratio, top_p_over, block_size, "
-            "num_queries, sink_tokens, recent_tokens, min_prompt_tokens, enabled.",
+            "num_queries, sink_tokens, recent_tokens, min_prompt_tokens, pool_tokens, pool_device, enabled.",
         ),
     ],
     ids=str,
@@ -190,27 +192,6 @@ def test_segment_of_a_layer_is_the_one_that_holds_it(num_layers: int, data) -> N
             assert plan.segment_of(layer) == segment.index
 
 
-class Decoder(nn.Module):
-    """Layers with pipeline-parallel bounds, as vLLM's models have them."""
-
-    def __init__(self, num_layers: int, start: int, end: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Identity() for _ in range(num_layers))
-        self.start_layer, self.end_layer = start, end
-
-
-def test_the_bounded_model_is_found_inside_the_model() -> None:
-    inner = Decoder(4, 0, 4)
-    outer = nn.ModuleDict({"vision": Decoder(2, 0, 2), "model": inner})
-    assert find_bounded_model(outer, 4) is inner
-
-
-@pytest.mark.parametrize("model", [nn.Linear(1, 1), Decoder(4, 0, 3), Decoder(3, 0, 4), Decoder(4, 1, 4)])
-def test_models_without_layer_bounds_are_refused(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match=f"does not work with {type(model).__name__}, whose"):
-        find_bounded_model(model, 4)
-
-
 # --- the engine's config ---------------------------------------------------------------
 
 
@@ -245,14 +226,13 @@ def test_what_is_no_json_object_is_a_usage_error(text: str, reason: str, capsys)
     assert last.endswith(f": error: argument --uniprefill-config: {sentence}")
 
 
-def test_the_flag_turns_compilation_off_unless_asked_for(configure) -> None:
+def test_the_flag_reaches_the_config_and_leaves_compilation_alone(configure) -> None:
     config = configure({"top_p": 0.9})
     assert config.uniprefill_config.top_p == 0.9
     assert config.uniprefill_config.selection_layers == [1, 3, 5]
-    assert config.compilation_config.mode == CompilationMode.NONE
+    assert config.compilation_config.mode == configure(None).compilation_config.mode
     assert config.use_v2_model_runner
-    asked = configure({}, compilation_config={"mode": CompilationMode.STOCK_TORCH_COMPILE})
-    assert asked.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE
+    config.uniprefill_config.verify_with(config)  # as where a config arrives
 
 
 def test_without_the_flag_the_config_is_the_releases(configure) -> None:
@@ -271,18 +251,33 @@ def test_the_plan_follows_the_config(configure) -> None:
     assert [segment_of_layer_name(config, name) for name in names] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_the_longest_prunable_prompt_fits_beside_the_other_decodes(configure) -> None:
-    config = configure({})
-    assert config.uniprefill_config.max_prompt_tokens(config) == 2048 - 3
-    speculative = configure({}, speculative_config={"method": "ngram", "num_speculative_tokens": 2})
-    assert speculative.uniprefill_config.max_prompt_tokens(speculative) == 2048 - 3 * 3
+def test_the_longest_pruned_prompt_fits_the_pool_or_one_step(configure) -> None:
+    """The step next to a full batch of decodes; the pool is no longer than the context."""
+
+    def longest(uniprefill: dict, **arguments) -> tuple[int, int]:
+        config = configure(uniprefill, **arguments)
+        return config.uniprefill_config.pool_tokens, config.uniprefill_config.max_prompt_tokens(config)
+
+    assert longest({}) == longest({"pool_tokens": 5000}) == (2048, 2048)
+    assert longest({"pool_tokens": 2046}) == (2046, 2046)
+    assert longest({"pool_tokens": 0}) == (0, 2048 - 3)
+    ngram = {"method": "ngram", "num_speculative_tokens": 2}
+    assert longest({"pool_tokens": 0}, speculative_config=ngram) == (0, 2048 - 3 * 3)
+    positions = {"max_position_embeddings": 2 * DEFAULT_POOL_TOKENS}
+    long = {"hf_overrides": positions, "max_model_len": 2 * DEFAULT_POOL_TOKENS}
+    assert longest({}, **long) == (DEFAULT_POOL_TOKENS, DEFAULT_POOL_TOKENS)
 
 
-def test_a_budget_below_the_shortest_prunable_prompt_is_refused(configure) -> None:
+def test_a_pool_and_a_step_below_the_shortest_pruned_prompt_are_refused(configure) -> None:
     fits = {"max_num_batched_tokens": 1027, "max_model_len": 1024}
-    configure({}, **fits)
-    with pytest.raises(ValueError, match="leaves room for 1023 tokens"):
-        configure({}, **(fits | {"max_num_batched_tokens": 1026}))
+    configure({"pool_tokens": 0}, **fits)
+    configure({"pool_tokens": 1024}, **(fits | {"max_num_batched_tokens": 512}))
+    with pytest.raises(ValueError) as error:
+        configure({"pool_tokens": 0}, **(fits | {"max_num_batched_tokens": 1026}))
+    assert str(error.value) == (
+        "--uniprefill-config pool_tokens: prompts of over 1023 tokens are not pruned, nor are those under "
+        "min_prompt_tokens (1024); raise pool_tokens or lower min_prompt_tokens."
+    )
 
 
 @pytest.mark.parametrize(
@@ -296,6 +291,7 @@ def test_a_budget_below_the_shortest_prunable_prompt_is_refused(configure) -> No
         ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
         ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
+        ({"scheduler_cls": "a.Scheduler"}, "--scheduler-cls"),
         ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-attention"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -313,7 +309,7 @@ def test_models_without_layer_bounds_are_refused_by_their_class(configure, monke
     with pytest.raises(ValueError) as error:
         config.uniprefill_config.verify_with(config)
     assert str(error.value) == (
-        f"--uniprefill-config does not work with {architecture}, whose layers cannot be run in parts; "
+        f"--uniprefill-config does not work with models whose layers cannot be run in parts ({architecture}); "
         "serve another model or drop --uniprefill-config."
     )
 
@@ -322,7 +318,7 @@ def test_models_without_pipeline_parallelism_are_refused_by_their_class(configur
     config = configure({})
     model = config.model_config
     monkeypatch.setattr(model, "_model_info", dataclasses.replace(model._model_info, supports_pp=False))
-    with pytest.raises(ValueError, match="does not work with LlamaForCausalLM, whose layers cannot be run in parts;"):
+    with pytest.raises(ValueError, match=r"layers cannot be run in parts \(LlamaForCausalLM\);"):
         config.uniprefill_config.verify_with(config)
 
 
@@ -331,7 +327,7 @@ def test_the_transformers_backend_is_refused_in_one_sentence(configure) -> None:
     with pytest.raises(ValueError) as error:
         configure({}, model_impl="transformers")
     assert str(error.value) == (
-        "--uniprefill-config does not work with models on the Transformers backend; "
+        "--uniprefill-config does not work with models on the Transformers backend (TransformersForCausalLM); "
         "serve a model that vLLM implements itself or drop --uniprefill-config."
     )
 

@@ -18,7 +18,6 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from vllm.v1.uniprefill import selection  # noqa: E402
 from vllm.v1.uniprefill.selection import (  # noqa: E402
     SelectionSpec,
     block_mass,
@@ -27,7 +26,8 @@ from vllm.v1.uniprefill.selection import (  # noqa: E402
     known_kept_tokens,
     select_blocks,
 )
-from vllm.v1.uniprefill.selection_kernels import block_mass_triton  # noqa: E402
+from vllm.v1.uniprefill.selection import mass as mass_module  # noqa: E402
+from vllm.v1.uniprefill.selection.mass_triton import block_mass_triton  # noqa: E402
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 IMPLEMENTATIONS = [block_mass_reference, block_mass_triton]
@@ -224,8 +224,8 @@ def test_reference_holds_little_memory(monkeypatch):
     query, key, specs = make_batch([(700, 60)], 4, 2, 64, torch.float32)
     kwargs = dict(block_size=64, scale=0.125)
     expected = block_mass_reference(query, key, specs, **kwargs)
-    monkeypatch.setattr(selection, "SCORES_PER_CHUNK", 64 * 16 * 2)
-    monkeypatch.setattr(selection, "ROWS_PER_TILE", 16)
+    monkeypatch.setattr(mass_module, "SCORES_PER_CHUNK", 64 * 16 * 2)
+    monkeypatch.setattr(mass_module, "ROWS_PER_TILE", 16)
     small = block_mass_reference(query, key, specs, **kwargs)
     torch.testing.assert_close(small, expected, rtol=1e-5, atol=1e-6)
 

@@ -61,7 +61,7 @@ def test_every_reason(page) -> None:
 def test_every_metric(page, configure, monkeypatch) -> None:
     """With its labels beside the model's and the engine's, under its exposed name."""
     registry = prometheus_client.CollectorRegistry()
-    for kind in ("_counter_cls", "_histogram_cls"):
+    for kind in ("_counter_cls", "_gauge_cls", "_histogram_cls"):
         cls = getattr(UniPrefillProm, kind)
         monkeypatch.setattr(UniPrefillProm, kind, staticmethod(lambda cls=cls, **kw: cls(registry=registry, **kw)))
     UniPrefillProm(configure({}), ["model_name", "engine"], {0: ["m", "0"]})

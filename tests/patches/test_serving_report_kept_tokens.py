@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 REPORT = {"outcome": "pruned", "reason": None, "prompt_tokens": 9, "segments": []}
 
@@ -125,6 +127,71 @@ def test_good_arguments_pass_unchanged(processor) -> None:
     assert enter(processor(True), extra).sampling_params.extra_args == extra
     assert enter(processor(False), {"other": "x"}).sampling_params.extra_args == {"other": "x"}
     assert enter(processor(False), None).sampling_params.extra_args is None
+
+
+# --- the scheduler's report ------------------------------------------------------------
+
+UNIPREFILL = {"selection_layers": [1, 4], "min_prompt_tokens": 64, "pool_tokens": 600}
+ASKS = {"uniprefill_report": 1}
+
+
+def test_the_report_comes_with_the_first_output_of_who_asked(make_scheduler, make_request, finish_step) -> None:
+    """Each its own counts, and it survives the way to the front end."""
+    scheduler = make_scheduler(UNIPREFILL, max_num_batched_tokens=256)
+    asks, silent, dense = make_request(100, extra=ASKS), make_request(100), make_request(20, extra=ASKS)
+    for request in (asks, silent, dense):
+        scheduler.add_request(request)
+    kept = {asks.request_id: [100, 70, 50], silent.request_id: [100, 60, 40]}
+    outputs = finish_step(scheduler, scheduler.schedule(), kept)
+    assert outputs[silent.request_id].uniprefill is None
+    report = outputs[asks.request_id].uniprefill
+    assert report == {
+        "outcome": "pruned",
+        "reason": None,
+        "prompt_tokens": 100,
+        "steps": 1,
+        "lane_wait_seconds": 0.0,
+        "segments": [
+            {"layers": [0, 1], "tokens_in": 100, "tokens_out": 70},
+            {"layers": [2, 4], "tokens_in": 70, "tokens_out": 50},
+            {"layers": [5, 7], "tokens_in": 50, "tokens_out": 50},
+        ],
+    }
+    encoded = MsgpackEncoder().encode(outputs[asks.request_id])
+    assert MsgpackDecoder(EngineCoreOutput).decode(encoded).uniprefill == report
+    of_dense = outputs[dense.request_id].uniprefill
+    assert (of_dense["outcome"], of_dense["reason"]) == ("dense", "short_prompt")
+    assert [(s["tokens_in"], s["tokens_out"]) for s in of_dense["segments"]] == [(20, 20)] * 3
+    outputs = finish_step(scheduler, scheduler.schedule())
+    assert {output.uniprefill for output in outputs.values()} == {None}
+
+
+def test_a_prefill_over_several_steps_reports_with_its_first_token(
+    make_scheduler, make_request, finish_step, monkeypatch
+) -> None:
+    """The lane's wait ends when it is taken; a prompt beyond the pool is dense."""
+    now = 100.0
+    monkeypatch.setattr(time, "time", lambda: now)
+    scheduler = make_scheduler(UNIPREFILL, max_num_batched_tokens=256)
+    first, second, beyond = (make_request(prompt, extra=ASKS) for prompt in (300, 300, 601))
+    reports = {}
+    for request in (first, second, beyond):
+        request.arrival_time = now
+        scheduler.add_request(request)
+    for number in range(10):
+        step = scheduler.schedule()
+        now += 1
+        lane = step.uniprefill and step.uniprefill.lane
+        kept = {lane.req_id: [300, 100, 50]} if lane and lane.takes_back else {}
+        for req_id, output in finish_step(scheduler, step, kept).items():
+            if output.uniprefill:
+                fields = ("reason", "steps", "lane_wait_seconds")
+                reports[req_id] = (number, *(output.uniprefill[field] for field in fields))
+    assert [reports[r.request_id] for r in (first, second, beyond)] == [
+        (2, None, 3, 0.0),
+        (5, None, 3, 2.0),
+        (3, "prompt_exceeds_pool", 3, 0.0),
+    ]
 
 
 # --- from the engine's outputs to the request's ----------------------------------------

@@ -47,6 +47,10 @@ def test_by_default_there_is_nothing_of_its_own(state: DefaultModelState) -> Non
     assert state.needs_eager(SchedulerOutput.make_empty()) is False
     assert state.get_own_slot_mappings(5) == {}
     assert state.take_kept_tokens() is None
+    assert state.get_warmup_steps() == []
+    num_sampled, num_rejected = torch.tensor([1, 0]), torch.tensor([0, 2])
+    state.take_back_tokens(None, num_sampled, num_rejected)
+    assert (num_sampled.tolist(), num_rejected.tolist()) == ([1, 0], [0, 2])
 
 
 def test_graph_capture_takes_the_states_own_slot_mappings(monkeypatch) -> None:
@@ -92,7 +96,7 @@ class RecordingState(DefaultModelState):
     def record(self) -> RecordingState:
         self.log: list[Any] = []
         self.own_slots = torch.full((64,), 5, dtype=torch.int64)
-        self.eager = False
+        self.eager = self.takes_back = False
         return self
 
     def needs_eager(self, scheduler_output: SchedulerOutput) -> bool:
@@ -113,6 +117,11 @@ class RecordingState(DefaultModelState):
         self.context = (context.skip_compiled, dict(context.slot_mapping))
         return torch.zeros_like(super().run_model(model, model_inputs, input_batch))
 
+    def take_back_tokens(self, input_batch, num_sampled: torch.Tensor, num_rejected: torch.Tensor) -> None:
+        self.log.append(("take_back_tokens", num_sampled.tolist(), num_rejected.tolist()))
+        if self.takes_back:
+            num_sampled[0], num_rejected[0] = 0, 1
+
     def take_kept_tokens(self) -> dict[str, list[int]]:
         self.log.append("take_kept_tokens")
         return {"a": [4, 3]}
@@ -132,6 +141,7 @@ def runner(configure, one_rank: None) -> Iterator[Any]:
         load_format="dummy",
         enforce_eager=True,
         max_model_len=256,
+        max_num_seqs=8,
         kv_cache_memory_bytes=1 << 22,
     )
     current_platform.import_kernels()
@@ -188,6 +198,7 @@ def test_the_runner_asks_its_model_state(runner, monkeypatch, eager: bool) -> No
         "get_own_slot_mappings",
         "prepare_attn",
         ("run_model", [req_id]),
+        ("take_back_tokens", [1], [0]),
         "take_kept_tokens",
     ]
     skip_compiled, slots = state.context
@@ -197,6 +208,41 @@ def test_the_runner_asks_its_model_state(runner, monkeypatch, eager: bool) -> No
     assert first_layer == [first_layer[0] + i for i in range(4)] != [5] * 4
     assert output.uniprefill_kept == {"a": [4, 3]}
     assert output.sampled_token_ids == [[0]]  # the first among equal logits
+
+
+def next_step(req_id: str, num_computed: int, num_tokens: int = 1) -> SchedulerOutput:
+    step = SchedulerOutput.make_empty()
+    step.scheduled_cached_reqs = CachedRequestData(
+        req_ids=[req_id],
+        resumed_req_ids=set(),
+        new_token_ids=[],
+        all_token_ids={},
+        new_block_ids=[None],
+        num_computed_tokens=[num_computed],
+        num_output_tokens=[0],
+    )
+    step.num_scheduled_tokens = {req_id: num_tokens}
+    step.total_num_scheduled_tokens = num_tokens
+    step.num_common_prefix_blocks = [0]
+    return step
+
+
+def test_a_token_that_is_taken_back_is_computed_again(runner, monkeypatch) -> None:
+    """No step that takes back samples, the counter rests, and the step that does not samples as ever."""
+    (undisturbed,) = run_step(runner, new_step("plain", 4)).sampled_token_ids
+    state = RecordingState(runner.vllm_config, runner.model, None, CPU).record()
+    state.run_model = lambda model, model_inputs, _: positions.append(model_inputs["positions"].tolist()) or model(
+        **model_inputs
+    )
+    positions: list[list[int]] = []
+    monkeypatch.setattr(runner, "model_state", state)
+    state.takes_back = True
+    steps = [new_step("held", 4), next_step("held", 3), next_step("held", 3)]
+    assert [run_step(runner, step).sampled_token_ids for step in steps] == [[[]]] * 3
+    state.takes_back = False
+    assert run_step(runner, next_step("held", 3)).sampled_token_ids == [undisturbed]
+    run_step(runner, next_step("held", 4))
+    assert positions == [[0, 1, 2, 3], [3], [3], [3], [4]]
 
 
 def test_a_stock_step_reports_nothing_kept(runner) -> None:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 from vllm.v1.worker.gpu.lora_utils import LoraState
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
-from vllm.v1.worker.gpu.uniprefill.model_state import UniPrefillModelState
+from vllm.v1.worker.gpu.uniprefill.model_state import with_segments
 
 
 def test_lora_is_no_longer_refused(configure) -> None:
@@ -52,19 +53,17 @@ def test_each_row_has_the_adapter_of_its_request() -> None:
     assert before == after == {adapters[0], adapters[2]}
 
 
-def test_a_segment_activates_before_its_metadata_are_built(monkeypatch) -> None:
-    """With the batch that is left; not at all without LoRA."""
-    order: list[str] = []
-    batch = make_batch([1, 2], [0, 1])
-    state = UniPrefillModelState.__new__(UniPrefillModelState)
+def test_a_segment_activates_before_its_metadata_are_built() -> None:
+    """With the batch that enters it, guests too; not at all without LoRA."""
+    order: list[object] = []
+    rows = SimpleNamespace(batch=make_batch([1, 2], [0, 1]), block_tables=(), slot_mapping=None, num_rows=3)
+    cls = with_segments(DefaultModelState)
+    state = cls.__new__(cls)
+    state.step, state.layer_names = None, [[], []]
     state.segment_state = SimpleNamespace(slot_mappings=np.zeros((2, 3), dtype=np.int64))
-    state.layer_names = [[], []]
-    monkeypatch.setattr(state, "_update_state", lambda *_: order.append("state"))
-    monkeypatch.setattr(state, "_build_metadata", lambda *_: order.append("metadata") or {})
-
-    state._build_segment(batch, 1, None)
-    assert order == ["state", "metadata"]
-    order.clear()
-    state.activate_loras = lambda seen: order.append("loras") if seen is batch else None
-    state._build_segment(batch, 1, None)
-    assert order == ["loras", "state", "metadata"]
+    state.metadata = SimpleNamespace(build=lambda *_: order.append("metadata") or {})
+    state._enter_segment(1, rows)
+    assert order == ["metadata"]
+    state.activate_loras = order.append
+    state._enter_segment(1, rows)
+    assert order == ["metadata", rows.batch, "metadata"]

@@ -1,10 +1,13 @@
-"""worker-run-segments.patch: what each segment sees of a batch, and how a pruning step runs.
+"""worker-run-segments.patch: what each segment sees of a batch, how a pruning step runs, and the lane.
 
 Without a GPU the Triton kernel runs in Triton's interpreter, beside its torch reference.
 """
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,17 +16,24 @@ import pytest
 import torch
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.uniprefill.policy import Decision
+from vllm.v1.uniprefill.step_plan import LaneGrant, StepPlan
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
-from vllm.v1.worker.gpu.uniprefill.model_state import UniPrefillModelState
-from vllm.v1.worker.gpu.uniprefill.runner import PruningRequest, SegmentRunner, _compact
+from vllm.v1.worker.gpu.uniprefill.eager import EagerKernels
+from vllm.v1.worker.gpu.uniprefill.events import Selected, observed_by
+from vllm.v1.worker.gpu.uniprefill.model_state import SegmentedModelState, with_segments
+from vllm.v1.worker.gpu.uniprefill.rows import Guest, PromptRows, SegmentRows
+from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
+from vllm.v1.worker.gpu.uniprefill.stages import find_bounded_model
 from vllm.v1.worker.gpu.uniprefill.state import SegmentState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -163,7 +173,7 @@ def test_an_update_fills_only_its_segments(implementation) -> None:
     assert state.slot_mappings[:, 0].tolist() == expected
 
 
-# --- compaction ------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------
 
 
 def make_batch(rows: list[int], slots: list[int], computed: list[int] | None = None) -> InputBatch:
@@ -188,36 +198,89 @@ def make_batch(rows: list[int], slots: list[int], computed: list[int] | None = N
     return batch
 
 
-def make_pruning(batch: InputBatch, batch_index: int, num_prompt: int, **budget: float) -> PruningRequest:
+def make_prompt(batch: InputBatch, batch_index: int, num_prompt: int, **budget: float) -> PromptRows:
     budgets = {"top_p": None, "keep_ratio": None} | budget
-    return PruningRequest(
+    return PromptRows(
         req_id=batch.req_ids[batch_index],
         batch_index=batch_index,
         decision=Decision(num_prompt, None, wants_report=False, **budgets),
         num_prompt=num_prompt,
         num_output=int(batch.num_scheduled_tokens[batch_index]) - num_prompt,
-        alive=[num_prompt],
     )
 
 
-def test_compaction_leaves_the_kept_rows_and_the_dense_lengths() -> None:
+def make_rows(batch: InputBatch, *prompts: PromptRows) -> SegmentRows:
+    table = torch.arange(len(batch.req_ids), dtype=torch.int32, device=DEVICE)[:, None]
+    slots = 1000 + torch.arange(batch.num_tokens, device=DEVICE)
+    return SegmentRows(batch, (table,), slots, batch.positions, prompts)
+
+
+def test_dropped_rows_leave_and_lengths_stay_dense() -> None:
     """The request of 12 rows has 2 outputs; padded requests start where the rows end."""
     batch = make_batch([1, 12, 4], [5, 0, 3], computed=[30, 0, 8])
     padded = np.array([*batch.query_start_loc_np, 17, 17], dtype=np.int32)
     batch.query_start_loc_np = padded
-    pruning = [make_pruning(batch, 1, 10, top_p=0.9)]
-    rows = torch.tensor([0, 1, 2, 9, 10, 11, 12, 13, 14, 15, 16], device=DEVICE)
-    compact = _compact(batch, rows, pruning, kept=[4])
+    kept = torch.tensor([0, 1, 2, 9, 10, 11, 12, 13, 14, 15, 16], device=DEVICE)
+    rows = make_rows(batch, make_prompt(batch, 1, 10, top_p=0.9)).leave(kept, [4])
+    compact = rows.batch
     assert compact.num_scheduled_tokens.tolist() == [1, 6, 4]
-    assert compact.num_tokens == compact.num_tokens_after_padding == 11
+    assert rows.num_rows == compact.num_tokens_after_padding == 11
     assert compact.query_start_loc.tolist() == [0, 1, 7, 11]
     assert compact.query_start_loc_np.tolist() == [0, 1, 7, 11, 11, 11]
-    assert compact.positions.tolist() == [30, 0, 1, 8, 9, 10, 11, 8, 9, 10, 11]
+    assert rows.positions.tolist() == compact.positions.tolist() == [30, 0, 1, 8, 9, 10, 11, 8, 9, 10, 11]
     assert compact.is_padding.shape == (11,)
-    assert (pruning[0].num_prompt, pruning[0].num_output) == (4, 2)
+    assert (rows.prompts[0].num_prompt, rows.prompts[0].num_output) == (4, 2)
+    assert rows.slot_mapping.tolist() == [1000 + row for row in kept.tolist()]
     assert torch.equal(compact.seq_lens, batch.seq_lens)
+    again = rows.leave(torch.tensor([0, 2, 10], device=DEVICE), [1])
+    assert again.step_rows.tolist() == [0, 2, 16]
+    assert again.scatter(torch.ones(3, 1), 17).squeeze(1).nonzero().squeeze(1).tolist() == [0, 2, 16]
     assert batch.num_scheduled_tokens.tolist() == [1, 12, 4]  # the step's batch is untouched
     assert batch.query_start_loc_np is padded and batch.num_tokens == 17
+
+
+def describe(rows: SegmentRows) -> list[tuple]:
+    """Each request: its name, slot, block table, computed, length, whether it prefills, positions."""
+    batch, (table,) = rows.batch, rows.block_tables
+    assert batch.num_reqs == batch.num_reqs_after_padding == len(batch.req_ids)
+    assert batch.num_tokens == batch.num_tokens_after_padding == rows.num_rows == len(batch.is_padding)
+    assert batch.query_start_loc.tolist() == batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
+    assert batch.idx_mapping.tolist() == batch.idx_mapping_np.tolist()
+    assert batch.seq_lens.tolist() == batch.seq_lens_cpu_upper_bound.tolist()
+    starts = batch.query_start_loc_np.tolist()
+    return [
+        (
+            batch.req_ids[i],
+            int(batch.idx_mapping[i]),
+            table[i].tolist(),
+            int(batch.num_computed_tokens_np[i]),
+            int(batch.seq_lens[i]),
+            bool(batch.is_prefilling_np[i]),
+            batch.positions[starts[i] : starts[i + 1]].tolist(),
+        )
+        for i in range(batch.num_reqs)
+    ]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_request_goes_out_and_comes_back_as_a_guest(place: int) -> None:
+    batch = make_batch([1, 3, 6], [5, 0, 3], computed=[30, 8, 0])
+    batch.is_prefilling_np = np.array([False, True, True])
+    rows = make_rows(batch, make_prompt(batch, 2, 6, top_p=0.9))
+    before = describe(rows)
+    others, which = rows.without(place)
+    assert describe(others) == [request for i, request in enumerate(before) if i != place]
+    assert others.slot_mapping.tolist() == [1000 + row for row in which.tolist()]
+    assert others.step_rows is which and others.positions.tolist() == rows.positions[which].tolist()
+    assert [p.batch_index for p in others.prompts] == [2 - (place < 2)]
+    guest = rows.guest(place)
+    tokens = torch.tensor([2, 5, 7, 9], device=DEVICE)
+    joined = others.joined_by(guest, tokens, tokens * 2, seq_len=20)
+    name, slot, table, *_ = before[place]
+    assert guest == Guest(name, slot, guest.block_tables)
+    assert describe(joined) == [*describe(others), (name, slot, table, 16, 20, True, [2, 5, 7, 9])]
+    assert joined.positions.tolist() == [*others.positions.tolist(), 4, 10, 14, 18]
+    assert (joined.slot_mapping[-4:] != PAD_SLOT_ID).all() and describe(rows) == before
 
 
 # --- running segments ------------------------------------------------------------------
@@ -230,22 +293,44 @@ UNIPREFILL = {
     "sink_tokens": 4,
     "recent_tokens": 4,
     "min_prompt_tokens": 8,
+    "pool_tokens": 256,
 }
+MODULUS = 2.0**20  # states are integers below it, in float64: exact, whatever the order of sums
 
 
 class ToyLayer(nn.Module):
-    """Mixes no rows: adds its index and the position, and shows the hook queries and keys."""
+    """Exact arithmetic; mixes rows only by a KV cache, and shows an observer queries and keys."""
 
     def __init__(self, index: int, attn: Attention) -> None:
         super().__init__()
         self.index, self.attn = index, attn
+        self.kv: torch.Tensor | None = None  # [slots, HIDDEN]
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.attn.on_query_key is not None:
-            query = hidden_states.repeat(1, 8).view(-1, 2, 32)
+            query = (hidden_states % 7 - 3).float().repeat(1, 8).view(-1, 2, 32) / 8
             self.attn.on_query_key(query, query[:, :1])
         position = positions if positions.dim() == 1 else (positions * positions.new_tensor([[1], [2], [4]])).sum(0)
-        return hidden_states * 1.01 + self.index + 0.001 * position[:, None]
+        attended = self.attend(hidden_states) if self.kv is not None else 0
+        return (hidden_states * 3 + self.index + 1000 * position[:, None] + attended) % MODULUS
+
+    def attend(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The sum of all states before and of its own, each times its place in the sequence."""
+        context = get_forward_context()
+        batch, _, table = context.attn_metadata[self.attn.layer_name]
+        self.kv[context.slot_mapping[self.attn.layer_name]] = hidden_states
+        attended = []
+        for i in range(batch.num_reqs):
+            num_rows, length = int(batch.num_scheduled_tokens[i]), int(batch.seq_lens[i])
+            states = self.kv[slots_of(table[i], length)]
+            places = torch.arange(1, length + 1, device=DEVICE)[:, None]
+            attended.append((states * places).cumsum(0)[length - num_rows :])
+        return torch.cat(attended)
+
+
+def slots_of(table: torch.Tensor, length: int) -> torch.Tensor:
+    places = torch.arange(length, device=DEVICE)
+    return table[places // KV_BLOCK].long() * KV_BLOCK + places % KV_BLOCK
 
 
 class ToyInner(nn.Module):
@@ -253,7 +338,7 @@ class ToyInner(nn.Module):
 
     def __init__(self, attention: list[Attention]) -> None:
         super().__init__()
-        self.embed = nn.Embedding(100, HIDDEN)
+        self.embed = nn.Embedding.from_pretrained(torch.randint(1, 2**20, (100, HIDDEN)).double())
         self.layers = nn.ModuleList(ToyLayer(i, attn) for i, attn in enumerate(attention))
         self.start_layer, self.end_layer = 0, LAYERS
         self.calls: list[SimpleNamespace] = []
@@ -268,9 +353,11 @@ class ToyInner(nn.Module):
                 flags=(group.is_first_rank, group.is_last_rank),
                 armed=[i for i, x in enumerate(self.layers) if x.attn.on_query_key is not None],
                 positions=positions.tolist(),
+                num_rows=positions.shape[-1],
                 metadata=dict(context.attn_metadata),
                 slots={name: slots.tolist() for name, slots in context.slot_mapping.items()},
                 num_padding_rows=len(context.is_padding),
+                moe_layer_index=context.moe_layer_index,
             )
         )
         if group.is_first_rank:
@@ -293,6 +380,9 @@ class ToyModel(nn.Module):
         super().__init__()
         self.model = ToyInner(attention)
 
+    def make_empty_intermediate_tensors(self, num_rows: int, dtype: torch.dtype, device: torch.device):
+        return IntermediateTensors({"hidden_states": torch.empty(num_rows, HIDDEN, dtype=torch.float64, device=device)})
+
     def forward(self, **inputs: Any):
         return self.model(**inputs)
 
@@ -312,14 +402,22 @@ def toy(config: VllmConfig) -> ToyModel:
     return ToyModel(attention).to(DEVICE).requires_grad_(False)
 
 
-class Step:
+class Observer:
+    """Sees what was selected; the spans are not its business."""
+
+    def span(self, name: str) -> nullcontext:
+        return nullcontext()
+
+
+class Step(Observer):
     """One step of the toy through the SegmentRunner, with metadata that says what was asked."""
 
-    def __init__(self, config: VllmConfig, toy: ToyModel, batch: InputBatch, pruning: list[PruningRequest]) -> None:
-        self.config, self.toy, self.batch, self.pruning = config, toy, batch, pruning
-        self.runner = SegmentRunner(config, toy, self.build_metadata)
+    def __init__(self, config: VllmConfig, toy: ToyModel, batch: InputBatch, prompts: list[PromptRows]) -> None:
+        self.config, self.toy, self.batch, self.prompts = config, toy, batch, prompts
+        self.runner = SegmentRunner(config, toy, self.enter_segment, DEVICE)
         self.state = make_state()
-        self.built: list[tuple[int, InputBatch, list[int]]] = []
+        self.entered: list[tuple[int, SegmentRows]] = []
+        self.events: list[Selected] = []
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(0, 100, (batch.num_tokens,), generator=generator).to(DEVICE)
         self.inputs = {
@@ -328,24 +426,29 @@ class Step:
             "intermediate_tensors": None,
             "inputs_embeds": None,
         }
-        self.slot_mapping = 1000 + torch.arange(batch.num_tokens, device=DEVICE)
 
-    def build_metadata(self, batch: InputBatch, segment: int, slot_mapping: torch.Tensor):
-        self.built.append((segment, batch, slot_mapping.tolist()))
-        return {f"layers of {segment}": segment}, {f"layers of {segment}": slot_mapping}
+    def enter_segment(self, segment: int, rows: SegmentRows):
+        self.entered.append((segment, rows))
+        return {f"layers of {segment}": segment}, {f"layers of {segment}": rows.slot_mapping}
+
+    def selected(self, event: Selected) -> None:
+        self.events.append(event)
 
     def in_context(self, run):
-        metadata, slots = {"layers of 0": 0}, {"layers of 0": self.slot_mapping}
+        metadata, slots = {"layers of 0": 0}, {"layers of 0": make_rows(self.batch).slot_mapping}
         padding = self.batch.is_padding
         with set_forward_context(metadata, self.config, slot_mapping=slots, is_padding=padding):
             return run()
 
     def run(self) -> torch.Tensor:
-        return self.in_context(
-            lambda: self.runner.run(
-                self.toy, dict(self.inputs), self.batch, self.slot_mapping, self.pruning, self.state
+        """Hidden states; `alive` holds the counts by request."""
+        rows = replace(make_rows(self.batch, *self.prompts), positions=self.inputs["positions"])
+        with observed_by(self):
+            hidden_states, alive = self.in_context(
+                lambda: self.runner.run(self.toy, dict(self.inputs), rows, self.state)
             )
-        )
+        self.alive = [list(alive[prompt.req_id]) for prompt in self.prompts]
+        return hidden_states
 
     def dense(self) -> torch.Tensor:
         return self.in_context(lambda: self.toy(**self.inputs))
@@ -354,8 +457,29 @@ class Step:
 def mixed_step(config: VllmConfig, toy: ToyModel, **budget: float) -> Step:
     """A decode, a resumed prompt (40 and 3 outputs), a dense chunk and another prompt of 30."""
     batch = make_batch([1, 43, 5, 30], [2, 4, 0, 5], computed=[60, 0, 16, 0])
-    pruning = [make_pruning(batch, 1, 40, **budget), make_pruning(batch, 3, 30, **budget)]
-    return Step(config, toy, batch, pruning)
+    prompts = [make_prompt(batch, 1, 40, **budget), make_prompt(batch, 3, 30, **budget)]
+    return Step(config, toy, batch, prompts)
+
+
+class Decoder(nn.Module):
+    """Layers with pipeline-parallel bounds, as vLLM's models have them."""
+
+    def __init__(self, num_layers: int, start: int, end: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Identity() for _ in range(num_layers))
+        self.start_layer, self.end_layer = start, end
+
+
+def test_the_bounded_model_is_found_inside_the_model() -> None:
+    inner = Decoder(4, 0, 4)
+    outer = nn.ModuleDict({"vision": Decoder(2, 0, 2), "model": inner})
+    assert find_bounded_model(outer, 4) is inner
+
+
+@pytest.mark.parametrize("model", [nn.Linear(1, 1), Decoder(4, 0, 3), Decoder(3, 0, 4), Decoder(4, 1, 4)])
+def test_models_without_layer_bounds_are_refused(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"does not work with {type(model).__name__}, whose"):
+        find_bounded_model(model, 4)
 
 
 def test_each_segment_is_a_stage_with_its_layers(config, toy) -> None:
@@ -385,9 +509,9 @@ def test_keeping_all_is_the_models_own_output(config, toy) -> None:
     step = mixed_step(config, toy, top_p=1.0)
     hidden_states = step.run()
     assert torch.equal(hidden_states, step.dense())
-    assert [request.alive for request in step.pruning] == [[40, 40, 40], [30, 30, 30]]
+    assert step.alive == [[40, 40, 40], [30, 30, 30]]
     assert not step.state.dropped_np.any()
-    assert [segment for segment, *_ in step.built] == [1, 2]
+    assert [segment for segment, _ in step.entered] == [1, 2]
 
 
 def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config, toy) -> None:
@@ -399,37 +523,11 @@ def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config,
     assert torch.equal(hidden_states[alive], dense[alive])
     assert (hidden_states[~alive] == 0).all()
     # Of 10 blocks half, of those 5 again 3; of 8 (the last of 2 tokens) 4, then 2.
-    assert [request.alive[0] for request in step.pruning] == [40, 30]
-    for request, start, end in zip(step.pruning, (1, 49), (41, 79), strict=False):
-        assert request.alive[2] == int(alive[start:end].sum()) == request.num_prompt
-        assert request.alive[0] > request.alive[1] > request.alive[2]
+    assert step.alive == [[40, 20, 12], [30, 14, 10]]
+    for counts, start, end in zip(step.alive, (1, 49), (41, 79), strict=True):
+        assert counts[2] == int(alive[start:end].sum())
         assert alive[start : start + 4].all() and alive[end - 4 : end].all()  # sink, recent
     assert alive[0] and alive[41:44].all() and alive[44:49].all()  # decode, outputs, chunk
-    assert step.pruning[0].alive == [40, 20, 12]
-
-
-def test_three_positions_a_token_follow_their_rows(config, toy) -> None:
-    """M-RoPE: [3, tokens]. The attention metadata goes on counting tokens."""
-    step = mixed_step(config, toy, keep_ratio=0.5)
-    one = step.batch.positions
-    step.inputs["positions"] = torch.stack([one, one // 2, 100 - one])
-    hidden_states = step.run()
-    alive = hidden_states.any(1)
-    assert torch.equal(hidden_states[alive], step.dense()[alive])
-    for call, (_, batch, _) in zip(toy.model.calls[1:3], step.built, strict=True):
-        time, height, width = call.positions
-        assert time == batch.positions.tolist()
-        assert height == [p // 2 for p in time] and width == [100 - p for p in time]
-
-
-def test_dropped_counts_are_those_of_each_segment(config, toy) -> None:
-    step = mixed_step(config, toy, keep_ratio=0.5)
-    step.run()
-    check_mirror(step.state)
-    for request, slot in zip(step.pruning, (4, 5), strict=False):
-        dropped = [request.alive[0] - alive for alive in request.alive]
-        assert step.state.dropped_np[:, slot].tolist() == dropped
-    assert not step.state.dropped_np[:, :4].any()
 
 
 def test_a_segments_metadata_is_built_from_its_rows(config, toy) -> None:
@@ -437,11 +535,12 @@ def test_a_segments_metadata_is_built_from_its_rows(config, toy) -> None:
     step = mixed_step(config, toy, keep_ratio=0.5)
     step.run()
     positions = step.batch.positions.tolist()
-    for (segment, batch, slots), call in zip(step.built, toy.model.calls[1:], strict=False):
+    for (segment, entering), call in zip(step.entered, toy.model.calls[1:], strict=True):
+        batch, slots = entering.batch, entering.slot_mapping.tolist()
         rows = [slot - 1000 for slot in slots]
-        assert rows == sorted(set(rows)) and len(rows) == batch.num_tokens
+        assert rows == sorted(set(rows)) == entering.step_rows.tolist()
         assert [positions[row] for row in rows] == call.positions == batch.positions.tolist()
-        first, second = (request.alive[segment] for request in step.pruning)
+        first, second = (counts[segment] for counts in step.alive)
         assert batch.num_scheduled_tokens.tolist() == [1, first + 3, 5, second]
         assert call.metadata == {f"layers of {i}": i for i in range(segment + 1)}
         assert call.slots[f"layers of {segment}"] == slots
@@ -450,14 +549,21 @@ def test_a_segments_metadata_is_built_from_its_rows(config, toy) -> None:
 
 
 def test_a_request_keeps_the_same_tokens_alone_and_in_a_batch(config, toy) -> None:
+    """Events tell them by their positions in the prompt."""
     together = mixed_step(config, toy, top_p=0.6)
-    rows = together.run()[49:79].any(1)
-    batch = make_batch([30], [1])
-    alone = Step(config, toy, batch, [make_pruning(batch, 0, 30, top_p=0.6)])
+    kept = together.run()[49:79].any(1).nonzero().squeeze(1)
+    batch = make_batch([30], [5])
+    alone = Step(config, toy, batch, [make_prompt(batch, 0, 30, top_p=0.6)])
     alone.inputs["input_ids"] = together.inputs["input_ids"][49:79]
-    assert torch.equal(alone.run().any(1), rows)
-    assert alone.pruning[0].alive == together.pruning[1].alive
-    assert alone.pruning[0].num_prompt < 30
+    assert torch.equal(alone.run().any(1).nonzero().squeeze(1), kept)
+    assert alone.alive[0] == together.alive[1] and 0 < len(kept) < 30
+    of_second = [event for event in together.events if event.req_id == "r5"]
+    assert [event.segment for event in of_second] == [0, 1]
+    for event, same in zip(of_second, alone.events, strict=True):
+        for name in ("alive", "mass", "kept"):
+            assert torch.equal(getattr(event, name), getattr(same, name))
+    assert torch.equal(of_second[0].alive, torch.arange(30, device=DEVICE))
+    assert torch.equal(of_second[0].kept, of_second[1].alive) and torch.equal(of_second[1].kept, kept)
 
 
 def test_embeddings_are_the_first_stages_input_only(config, toy) -> None:
@@ -472,25 +578,41 @@ def test_embeddings_are_the_first_stages_input_only(config, toy) -> None:
 
 
 def test_it_stands_in_for_the_default_state_only() -> None:
-    assert UniPrefillModelState.in_place_of(DefaultModelState) is UniPrefillModelState
+    cls = with_segments(DefaultModelState)
+    assert cls.__mro__[:3] == (cls, SegmentedModelState, DefaultModelState)
 
     class OtherModelState(DefaultModelState):
         pass
 
     with pytest.raises(ValueError, match="models that keep a OtherModelState"):
-        UniPrefillModelState.in_place_of(OtherModelState)
+        with_segments(OtherModelState)
 
 
 @pytest.fixture
-def model_state(config, toy) -> UniPrefillModelState:
-    state = UniPrefillModelState(config, toy, None, DEVICE)
+def stock(monkeypatch) -> None:
+    """A stock side whose metadata are the batch, slots and block table that it is given."""
+
+    def prepare_attn(self, batch, mode, tables, slots, groups, *args, **kwargs):
+        (group,) = groups[0]
+        return dict.fromkeys(group.layer_names, (batch, slots[0].tolist(), tables[0]))
+
+    monkeypatch.setattr(DefaultModelState, "prepare_attn", prepare_attn)
+
+
+def make_model_state(config: VllmConfig, toy: ToyModel) -> SegmentedModelState:
+    state = with_segments(DefaultModelState)(config, toy, None, DEVICE)
     cache = SimpleNamespace(kv_cache_groups=[object()])
     state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK]))
     return state
 
 
+@pytest.fixture
+def model_state(config, toy, stock) -> SegmentedModelState:
+    return make_model_state(config, toy)
+
+
 def new_request(req_id: str, decision: Decision | None) -> Any:
-    return SimpleNamespace(req_id=req_id, uniprefill=decision, mm_features=[])
+    return SimpleNamespace(req_id=req_id, prefill_decision=decision, mm_features=[])
 
 
 def decide(num_prompt: int, reason: str | None = None) -> Decision:
@@ -503,15 +625,30 @@ def test_several_kv_cache_groups_are_refused(model_state) -> None:
         model_state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK] * 2))
 
 
-def test_only_a_step_that_starts_a_pruned_request_is_eager(model_state) -> None:
-    model_state.add_request(3, new_request("pruned", decide(40)))
-    model_state.add_request(1, new_request("dense", decide(4, "short_prompt")))
-    model_state.add_request(2, new_request("stock", None))
-    steps = [["dense", "stock"], ["dense", "pruned"]]
-    asked = [SimpleNamespace(num_scheduled_tokens=dict.fromkeys(step, 4)) for step in steps]
-    assert [model_state.needs_eager(step) for step in asked] == [False, True]
-    model_state.remove_request("pruned")
-    assert not model_state.needs_eager(asked[1])
+def plan_of(whole: tuple[str, ...] = (), lane: LaneGrant | None = None) -> SchedulerOutput:
+    output = SchedulerOutput.make_empty()
+    output.uniprefill = StepPlan(frozenset(whole), lane) if whole or lane else None
+    return output
+
+
+def test_only_a_step_with_a_plan_is_eager(model_state) -> None:
+    assert not model_state.needs_eager(plan_of())
+    assert model_state.needs_eager(plan_of(("r4",)))
+    assert model_state.needs_eager(plan_of((), LaneGrant("r4")))
+    assert not model_state.needs_eager(plan_of())
+
+
+def test_only_the_lanes_last_token_is_taken_back(model_state) -> None:
+    batch = make_batch([1, 1, 1], [2, 4, 0], computed=[60, 39, 8])
+    for plan, expected in (
+        (plan_of(("r2",)), [1, 1, 1]),
+        (plan_of((), LaneGrant("r4", 0)), [1, 1, 1]),
+        (plan_of((), LaneGrant("r4", 7)), [1, 0, 1]),
+    ):
+        model_state.needs_eager(plan)
+        num_sampled, num_rejected = torch.ones(3, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+        model_state.take_back_tokens(batch, num_sampled, num_rejected)
+        assert num_sampled.tolist() == expected and (num_sampled + num_rejected).tolist() == [1, 1, 1]
 
 
 def test_removing_a_request_frees_its_slot_for_the_next(model_state) -> None:
@@ -534,14 +671,8 @@ def test_layers_of_later_segments_have_slot_mappings_of_their_own(model_state) -
         assert slots.data_ptr() == model_state.segment_state.slot_mappings[segment].data_ptr()
 
 
-def prepare(model_state: UniPrefillModelState, monkeypatch, batch: InputBatch, **kwargs: Any):
-    """prepare_attn with a stock side that returns the batch it is given, by layer name."""
-
-    def stock(self, batch, mode, tables, slots, groups, *args, **kwargs):
-        (group,) = groups[0]
-        return dict.fromkeys(group.layer_names, (batch, slots[0].tolist()))
-
-    monkeypatch.setattr(DefaultModelState, "prepare_attn", stock)
+def prepare(model_state: SegmentedModelState, batch: InputBatch, **kwargs: Any):
+    """prepare_attn, with blocks 0.. 7 for the batch's first request, and so on."""
     names = model_state.layer_names
     groups = [[SimpleNamespace(segment=i, layer_names=names[i]) for i in range(3)]]
     table = torch.arange(MAX_REQS * 8, dtype=torch.int32, device=DEVICE).view(MAX_REQS, 8)
@@ -551,18 +682,18 @@ def prepare(model_state: UniPrefillModelState, monkeypatch, batch: InputBatch, *
 
 
 @pytest.mark.parametrize("for_capture", [False, True])
-def test_a_decode_sees_each_segments_compact_sequence(model_state, monkeypatch, for_capture) -> None:
+def test_a_decode_sees_each_segments_compact_sequence(model_state, for_capture) -> None:
     """Host and device agree on its length; other requests are as in the dense segment."""
     model_state.segment_state.drop(1, [4], [10])
     model_state.segment_state.drop(2, [4], [25])
     batch = make_batch([1, 1], [4, 0], computed=[60, 20])
-    metadata = prepare(model_state, monkeypatch, batch, for_capture=for_capture)
+    metadata = prepare(model_state, batch, for_capture=for_capture)
     assert len(metadata) == LAYERS
     expected = {0: [61, 21], 1: [51, 21], 2: [36, 21]}
     places = {1: [50, 8 * 16 + 20], 2: [35, 8 * 16 + 20]}  # blocks 0.. and 8..
     for segment, lengths in expected.items():
         for name in model_state.layer_names[segment]:
-            seen, slots = metadata[name]
+            seen, slots, _ = metadata[name]
             assert seen.seq_lens.tolist() == lengths
             assert seen.seq_lens_cpu_upper_bound.tolist() == lengths
             if segment:
@@ -571,54 +702,215 @@ def test_a_decode_sees_each_segments_compact_sequence(model_state, monkeypatch, 
     assert batch.seq_lens_cpu_upper_bound.tolist() == [61, 21]
 
 
-def test_without_pruned_requests_all_layers_share_the_dense_metadata(model_state, monkeypatch) -> None:
+def test_without_pruned_requests_all_layers_share_the_dense_metadata(model_state) -> None:
     model_state.segment_state.drop(1, [4], [10])  # not in this batch
-    metadata = prepare(model_state, monkeypatch, make_batch([3, 1], [1, 0], computed=[0, 20]))
+    metadata = prepare(model_state, make_batch([3, 1], [1, 0], computed=[0, 20]))
     assert len({id(value) for value in metadata.values()}) == 1 and len(metadata) == LAYERS
     for slots in model_state.get_own_slot_mappings(4).values():
         assert slots.tolist() == [5000, 5001, 5002, 5003]
 
 
-def test_graph_steps_fill_the_persistent_buffers_even_so(model_state, monkeypatch) -> None:
+def test_graph_steps_fill_the_persistent_buffers_even_so(model_state) -> None:
     """A captured graph reads them, not the shared metadata."""
     batch = make_batch([1], [0], computed=[20])
-    metadata = prepare(model_state, monkeypatch, batch, mode=CUDAGraphMode.FULL)
-    seen, slots = metadata["model.layers.7.self_attn.attn"]
+    metadata = prepare(model_state, batch, mode=CUDAGraphMode.FULL)
+    seen, slots, _ = metadata["model.layers.7.self_attn.attn"]
     buffer = model_state.segment_state.seq_lens[2]
     assert seen.seq_lens.data_ptr() == buffer.data_ptr() and buffer[0] == 21
     assert slots == [20]
 
 
-def test_a_pruning_step_runs_segments_and_hands_out_what_was_kept(model_state, monkeypatch, config, toy) -> None:
-    """Its dense metadata first; the kept counts once; the next step is stock."""
-    batch = make_batch([1, 40], [2, 4], computed=[60, 0])
-    model_state.add_request(4, new_request("r4", decide(40)))
-    scheduled = SimpleNamespace(num_scheduled_tokens={"r2": 1, "r4": 40})
-    assert model_state.needs_eager(scheduled)
-    metadata = prepare(model_state, monkeypatch, batch)
-    assert sorted(metadata) == sorted(model_state.layer_names[0])
-    inputs = {
-        "input_ids": torch.arange(41, device=DEVICE),
-        "positions": batch.positions,
-        "intermediate_tensors": None,
-        "inputs_embeds": None,
-    }
-    slots = model_state.get_own_slot_mappings(41)
-    with set_forward_context(metadata, config, slot_mapping=slots, is_padding=batch.is_padding):
-        hidden_states = model_state.run_model(toy, dict(inputs), batch)
-    assert hidden_states.shape == (41, HIDDEN)
-    kept = model_state.take_kept_tokens()
-    assert list(kept) == ["r4"] and kept["r4"][0] == 40 > kept["r4"][2]
-    assert model_state.take_kept_tokens() is None
-    # Kept tokens sit in the first slots of the request's own blocks, 8 to 15.
-    last = toy.model.calls[-1]
-    slots = last.slots["model.layers.7.self_attn.attn"]
-    assert slots == [60, *(8 * KV_BLOCK + i for i in range(kept["r4"][2]))]
-    seen, _ = last.metadata["model.layers.7.self_attn.attn"]
-    assert seen.seq_lens.tolist() == [61, kept["r4"][2]]
+@pytest.mark.parametrize(("num_blocks", "num_tokens"), [(1000, 1024), (5, 4 * KV_BLOCK), (1, 0)])
+def test_kernels_are_warmed_up_with_a_pruned_prompt_that_fits_the_cache(model_state, num_blocks, num_tokens) -> None:
+    """Beside the null block; afterwards the request is gone."""
+    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=KV_BLOCK))
+    cache = SimpleNamespace(kv_cache_groups=[group], num_blocks=num_blocks)
+    model_state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK]))
+    steps = model_state.get_warmup_steps()
+    assert len(steps) == (2 if num_tokens else 0)
+    if not num_tokens:
+        return
+    prune, finish = steps
+    (request,) = prune.scheduled_new_reqs
+    assert prune.uniprefill == StepPlan(whole=frozenset({request.req_id})) and request.prefill_decision.pruned
+    assert prune.num_scheduled_tokens == {request.req_id: num_tokens} and len(request.prefill_token_ids) == num_tokens
+    assert list(*request.block_ids) == list(range(1, 1 + num_tokens // KV_BLOCK))
+    assert finish.finished_req_ids == {request.req_id} and finish.total_num_scheduled_tokens == 0
 
-    assert not model_state.needs_eager(scheduled)
-    toy.model.calls.clear()
-    with set_forward_context({}, config, slot_mapping={}, is_padding=batch.is_padding):
-        model_state.run_model(toy, dict(inputs), batch)
-    assert [call.layers for call in toy.model.calls] == [(0, LAYERS)]
+
+@CustomOp.register("toy_of_uniprefill")
+class ToyOp(CustomOp):
+    def forward_native(self) -> str:
+        return "native"
+
+    def forward_cpu(self) -> str:
+        return "kernel"
+
+    forward_cuda = forward_cpu
+
+
+@pytest.mark.parametrize("custom_ops", [["none"], ["none", "-toy_of_uniprefill"]], ids=str)
+def test_a_pruning_step_runs_kernels_beside_a_compiled_model(configure, custom_ops: list[str]) -> None:
+    """Those of ops that the user did not refuse; the compiled model's come back, also by an exception."""
+    settings = {"mode": CompilationMode.VLLM_COMPILE, "custom_ops": custom_ops}
+    config = configure(UNIPREFILL, compilation_config=settings)
+    with set_current_vllm_config(config):
+        op = ToyOp()
+        kernels = EagerKernels(config, nn.ModuleList([op]))
+    assert op() == "native"
+    with pytest.raises(RuntimeError), kernels.chosen():
+        assert op() == ("native" if len(custom_ops) > 1 else "kernel")
+        raise RuntimeError
+    assert op() == "native"
+
+
+# --- the lane --------------------------------------------------------------------------
+
+BLOCKS = 20  # a request
+TABLE = torch.arange(MAX_REQS * BLOCKS, dtype=torch.int32).view(MAX_REQS, BLOCKS).to(DEVICE)
+
+
+class Worker(Observer):
+    """A model runner of toys: real model state, exact attention over a KV cache of its slots."""
+
+    def __init__(self, config: VllmConfig, toy: ToyModel, *, mrope: bool = False) -> None:
+        self.config, self.toy, self.mrope = config, toy, mrope
+        self.state = make_model_state(config, toy)
+        for layer in toy.model.layers:
+            layer.kv = torch.full((MAX_REQS * BLOCKS * KV_BLOCK, HIDDEN), torch.nan, dtype=torch.float64, device=DEVICE)
+        self.computed = dict.fromkeys(range(MAX_REQS), 0)
+        self.outputs: dict[tuple[int, int], list[float]] = {}  # by slot and position
+        self.kept: dict[str, list[int]] = {}
+        self.events: dict[str, list[list[int]]] = {}
+        names = self.state.layer_names
+        self.groups = [[SimpleNamespace(segment=i, layer_names=names[i]) for i in range(3)]]
+
+    def selected(self, event: Selected) -> None:
+        self.events.setdefault(event.req_id, []).append(event.kept.tolist())
+
+    def step(self, rows: dict[int, int], whole: tuple[str, ...] = (), lane: LaneGrant | None = None) -> None:
+        """So many tokens of the requests in these slots."""
+        slots = list(rows)
+        batch = make_batch(list(rows.values()), slots, [self.computed[slot] for slot in slots])
+        positions = batch.positions
+        owner = torch.tensor(slots, device=DEVICE).repeat_interleave(torch.tensor(list(rows.values()), device=DEVICE))
+        dense_slots = TABLE[owner, positions // KV_BLOCK].long() * KV_BLOCK + positions % KV_BLOCK
+        inputs = {
+            "input_ids": (owner * 31 + positions * 7 + positions // 9) % 100,
+            "positions": torch.stack([positions // i for i in (1, 2, 3)]) if self.mrope else positions,
+            "intermediate_tensors": None,
+            "inputs_embeds": None,
+        }
+        eager = self.state.needs_eager(plan_of(whole, lane))
+        metadata = self.state.prepare_attn(
+            batch, CUDAGraphMode.NONE, (TABLE[slots],), dense_slots[None], self.groups, None
+        )
+        by_layer = {name: dense_slots for names in self.state.layer_names for name in names}
+        by_layer |= self.state.get_own_slot_mappings(batch.num_tokens)
+        self.toy.model.calls.clear()
+        context = set_forward_context(metadata, self.config, slot_mapping=by_layer, is_padding=batch.is_padding)
+        with context, observed_by(self):
+            get_forward_context().all_moe_layers = [f"model.layers.{i}.mlp.experts" for i in range(LAYERS)]
+            hidden_states = self.state.run_model(self.toy, inputs, batch)
+        assert hidden_states.shape == (batch.num_tokens, HIDDEN) and eager == (bool(whole) or lane is not None)
+        num_rejected = torch.zeros(len(slots), dtype=torch.int32)
+        self.state.take_back_tokens(batch, torch.ones(len(slots), dtype=torch.int32), num_rejected)
+        for i, slot in enumerate(slots):
+            self.computed[slot] += rows[slot] - int(num_rejected[i])
+            if lane is None or lane.req_id != f"r{slot}":
+                last = int(batch.query_start_loc_np[i + 1]) - 1
+                self.outputs[slot, int(positions[last])] = hidden_states[last].tolist()
+        self.kept |= self.state.take_kept_tokens() or {}
+        assert self.state.take_kept_tokens() is None
+        check_mirror(self.state.segment_state)
+        calls = self.toy.model.calls
+        assert eager or [call.layers for call in calls] == [(0, LAYERS)]
+        assert all(call.moe_layer_index == call.layers[0] for call in calls), "also where a segment was skipped"
+        if lane is not None:
+            self.check_bounds(lane, rows)
+
+    def check_bounds(self, lane: LaneGrant, rows: dict[int, int]) -> None:
+        """Of the rows a grant allows in a segment, and of the work it allows in all."""
+        sizes = [(call.num_rows, call.layers) for call in self.toy.model.calls if call.layers[0] > 0]
+        passing = sum(rows.values()) - rows[int(lane.req_id[1:])]
+        assert all(num_rows <= passing + lane.rows for num_rows, _ in sizes)
+        guests = [(num_rows - passing) * (end - start) for num_rows, (start, end) in sizes if num_rows > passing]
+        assert len(guests) < 2 or sum(guests) <= lane.rows * (CUTS[0] + 1)
+
+    def prefill_in_lane(self, slot: int, num_prompt: int, budget: int, beside: dict[int, int], stop: int = -1) -> None:
+        """As the scheduler drives it; `stop`: how many steps to take before the request goes."""
+        req_id, start = f"r{slot}", self.computed[slot]
+        assert start == 0
+        while req_id not in self.kept and stop != 0:
+            num_rows = min(budget, num_prompt - self.computed[slot])
+            complete = self.computed[slot] + num_rows == num_prompt
+            self.step(beside | {slot: num_rows}, lane=LaneGrant(req_id, budget if complete else 0))
+            stop -= 1
+
+    def cache_of(self, slot: int) -> list[list[list[float]]]:
+        """What each layer's cache holds of the request's prompt."""
+        counts = self.kept[f"r{slot}"]
+        lengths = [counts[sum(cut < i for cut in CUTS)] for i in range(LAYERS)]
+        layers = zip(self.toy.model.layers, lengths, strict=True)
+        return [layer.kv[slots_of(TABLE[slot], length)].tolist() for layer, length in layers]
+
+
+def finish(worker: Worker) -> tuple:
+    """Three more tokens of the prompt in slot 4 and of the decode in slot 2; what there is to compare."""
+    for _ in range(3):
+        worker.step({2: 1, 4: 1})
+    outputs = {position: row for (slot, position), row in worker.outputs.items() if slot == 4}
+    return worker.kept["r4"], worker.events["r4"], outputs, worker.cache_of(4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_prompt_in_the_lane_ends_as_one_that_is_taken_whole(config, toy, stock, seed: int) -> None:
+    """Kept tokens, every layer's cache, its outputs and those of a decode, bit by bit, in chunks of any size.
+
+    Also if it was aborted before in any phase, after an idle step, and with a whole prompt beside it.
+    """
+    rng = random.Random(seed)
+    num_prompt = rng.randint(60, 250)
+    budget = {"keep_ratio": rng.choice([0.3, 0.5, 0.8])} if seed % 2 else {"top_p": rng.choice([0.5, 0.8, 1.0])}
+    decision = Decision(num_prompt, None, wants_report=False, **({"top_p": None, "keep_ratio": None} | budget))
+    mrope = seed % 3 == 0
+
+    def make_worker() -> Worker:
+        worker = Worker(config, toy, mrope=mrope)
+        worker.state.add_request(2, new_request("r2", decide(4, "short_prompt")))
+        worker.state.add_request(4, new_request("r4", decision))
+        worker.step({2: 9})
+        return worker
+
+    worker = make_worker()
+    worker.step({2: 1, 4: num_prompt}, whole=("r4",))
+    whole, decodes = finish(worker), dict(worker.outputs)
+    for chunk in (1 + num_prompt // 9, rng.randint(10, num_prompt), num_prompt - 1, num_prompt, num_prompt + 5):
+        worker = make_worker()
+        worker.prefill_in_lane(4, num_prompt, chunk, {2: 1}, stop=rng.randint(0, 9))
+        worker.state.remove_request("r4")
+        worker.kept.clear(), worker.events.clear()
+        worker.computed[4] = 0
+        worker.state.add_request(4, new_request("r4", decision))
+        worker.prefill_in_lane(4, num_prompt, chunk, {2: 1})
+        assert worker.computed[4] == num_prompt - 1
+        for _ in range(seed % 2):  # scheduled before the report arrived
+            worker.step({2: 1, 4: 1}, lane=LaneGrant("r4", chunk))
+        worker.step({2: 1, 4: 1})
+        assert finish(worker) == whole
+        assert all(worker.outputs[key] == row for key, row in decodes.items() if key[0] == 2 and key in worker.outputs)
+
+
+def test_a_whole_prompt_beside_the_lane_is_as_one_alone(config, toy, stock) -> None:
+    """In the step in which the lane goes through several segments."""
+    decision = decide(50)
+    found = []
+    for beside in ({}, {4: 100}):
+        worker = Worker(config, toy)
+        worker.state.add_request(5, new_request("r5", decision))
+        worker.state.add_request(4, new_request("r4", decide(100)))
+        worker.step(beside | {5: 50}, whole=("r5",), lane=LaneGrant("r4", 400) if beside else None)
+        worker.step({5: 1})
+        found.append((worker.kept["r5"], worker.events["r5"], worker.cache_of(5), worker.outputs[5, 50]))
+    assert found[0] == found[1] and 0 < found[0][0][2] < found[0][0][1] < 50
+    assert "r4" in worker.kept

@@ -1,17 +1,20 @@
-"""worker-score-prompt-blocks.patch: queries and keys are met where a layer attends, and scored."""
+"""worker-score-prompt-blocks.patch: what a layer shows is scored, and blocks are chosen alike on all ranks."""
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.forward_context import set_forward_context
+from vllm.config import UniPrefillConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import unified_attention_with_output
 from vllm.v1.attention.backend import AttentionType
+from vllm.v1.uniprefill.policy import Decision
 from vllm.v1.uniprefill.selection import SelectionSpec, block_mass_reference
-from vllm.v1.worker.gpu.uniprefill import capture
-from vllm.v1.worker.gpu.uniprefill.capture import MassCapture, get_attention_layers
+from vllm.v1.worker.gpu.uniprefill import events, scoring, selector
+from vllm.v1.worker.gpu.uniprefill.scoring import attending, dense_queries, get_attention_layers, score
+from vllm.v1.worker.gpu.uniprefill.selector import Selector
 
 HEADS, KV_HEADS, DIM, SCALE, BLOCK = 4, 2, 32, 0.3, 8
 NUM_LAYERS = 8
@@ -37,119 +40,126 @@ def make_layer(config: VllmConfig, index: int = 0, *, name: str = "attn", **kwar
         )
 
 
-def tensors(num_rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(num_rows, HEADS, DIM, generator=generator)
-    key = torch.randn(num_rows, KV_HEADS, DIM, generator=generator)
-    return query, key
-
-
-# --- the hook in the attention op ------------------------------------------------------
-
-
-def attend(config: VllmConfig, layer: Attention, query, key) -> None:
-    with set_forward_context(None, config, num_tokens=len(query), slot_mapping={}):
-        unified_attention_with_output(query, key, torch.zeros_like(key), torch.empty_like(query), layer.layer_name)
-
-
-def test_the_hook_sees_query_and_key_before_the_layer_attends(config, monkeypatch) -> None:
-    layer, other = make_layer(config, 0), make_layer(config, 1)
-    calls: list[tuple] = []
-    for each in (layer, other):
-        monkeypatch.setattr(each.impl, "forward", lambda *args, **_: calls.append(args[0]))
-    query, key = tensors(5)
-    attend(config, layer, query, key)
-    assert calls == [layer]  # no hook, and it attends
-
-    calls.clear()
-    layer.on_query_key = lambda q, k: calls.append((q, k))
-    attend(config, other, query, key)
-    attend(config, layer, query, key)
-    assert calls[0] is other and calls[2] is layer
-    assert calls[1][0] is query and calls[1][1] is key
-
-
-def test_a_new_layer_has_no_hook(config) -> None:
-    assert make_layer(config).on_query_key is None
-
-
-# --- the capture -----------------------------------------------------------------------
+# --- the score -------------------------------------------------------------------------
 
 SPECS = [SelectionSpec(2, 30, 1, 7, 0.9), SelectionSpec(36, 17, 0, 17, 0.9)]
-QUERY_ROWS = [*range(25, 32), *range(36, 53)]  # each prompt's last; row 32 is an output token
+QUERIES = torch.randn(24, HEADS, DIM, generator=torch.Generator().manual_seed(0))
+KEYS = torch.randn(55, KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
 
 
-def expected_mass(query: torch.Tensor, key: torch.Tensor, **kwargs) -> torch.Tensor:
-    return block_mass_reference(query[QUERY_ROWS], key, SPECS, block_size=BLOCK, scale=SCALE, **kwargs)
+def expected_mass(**kwargs) -> torch.Tensor:
+    return block_mass_reference(QUERIES, KEYS, SPECS, block_size=BLOCK, scale=SCALE, **kwargs)
 
 
-def captured_mass(config: VllmConfig, layer: Attention, query, key) -> torch.Tensor:
-    mass_capture = MassCapture(layer, SPECS, BLOCK)
-    assert mass_capture.mass is None
-    with mass_capture.armed():
-        attend(config, layer, query, key)
-    assert mass_capture.mass is not None
-    return mass_capture.mass
-
-
-def test_each_prompts_last_tokens_score_its_blocks(config) -> None:
-    query, key = tensors(55)
-    mass = captured_mass(config, make_layer(config), query, key)
-    torch.testing.assert_close(mass, expected_mass(query, key), rtol=1e-6, atol=0)
-    assert mass.shape == (4 + 3,)
-    # No sinks, so nothing of a query's attention gets lost.
-    torch.testing.assert_close(mass[:4].sum().item(), 7.0 * HEADS)
-
-
-def test_the_layer_is_disarmed_afterwards_also_by_an_exception(config) -> None:
-    layer = make_layer(config)
-    mass_capture = MassCapture(layer, SPECS, BLOCK)
-    with mass_capture.armed():
-        assert layer.on_query_key is not None
-    assert layer.on_query_key is None
-    with pytest.raises(RuntimeError), mass_capture.armed():
-        raise RuntimeError
-    assert layer.on_query_key is None
-    assert mass_capture.mass is None
-
-
-def test_soft_cap_and_sinks_are_the_layers(config) -> None:
+def test_scale_soft_cap_and_sinks_are_the_layers(config) -> None:
+    assert torch.equal(score(make_layer(config), QUERIES, KEYS, SPECS, BLOCK), expected_mass())
     sinks = torch.linspace(-1, 3, HEADS)
-    layer = make_layer(config, logits_soft_cap=1.5, sinks=sinks)
-    query, key = tensors(55)
-    mass = captured_mass(config, layer, query, key)
-    both = expected_mass(query, key, soft_cap=1.5, sinks=sinks)
-    torch.testing.assert_close(mass, both, rtol=1e-6, atol=0)
+    layer = make_layer(config, 1, logits_soft_cap=1.5, sinks=sinks)
+    mass = score(layer, QUERIES, KEYS, SPECS, BLOCK)
+    assert torch.equal(mass, expected_mass(soft_cap=1.5, sinks=sinks))
     for part in ({}, {"soft_cap": 1.5}, {"sinks": sinks}):
-        assert not torch.allclose(mass, expected_mass(query, key, **part), rtol=1e-3)
+        assert not torch.allclose(mass, expected_mass(**part), rtol=1e-3)
 
 
-def test_quantised_queries_are_multiplied_by_their_scale(config) -> None:
+def test_only_quantised_queries_are_multiplied_by_their_scale(config) -> None:
+    """And come out in the keys' type."""
     layer = make_layer(config)
     layer._q_scale.fill_(0.25)
-    query, key = tensors(55)
-    quantised = (query / 0.25).to(torch.float8_e4m3fn)
-    mass = captured_mass(config, layer, quantised, key)
-    restored = quantised.float() * 0.25
-    torch.testing.assert_close(mass, expected_mass(restored, key), rtol=1e-6, atol=0)
-    torch.testing.assert_close(mass, expected_mass(query, key), rtol=0.1, atol=0.1)
-
-
-def test_half_precision_queries_ignore_the_scale(config) -> None:
-    layer = make_layer(config)
-    layer._q_scale.fill_(0.25)
-    query, key = (tensor.bfloat16() for tensor in tensors(55))
-    mass = captured_mass(config, layer, query, key)
-    torch.testing.assert_close(mass, expected_mass(query, key), rtol=1e-6, atol=0)
+    assert dense_queries(layer, QUERIES, torch.bfloat16) is QUERIES
+    quantised = (QUERIES / 0.25).to(torch.float8_e4m3fn)
+    restored = dense_queries(layer, quantised, torch.bfloat16)
+    assert torch.equal(restored, (quantised.float() * 0.25).bfloat16())
+    torch.testing.assert_close(restored.float(), QUERIES, rtol=0.1, atol=0.01)
 
 
 def test_masses_of_tensor_parallel_ranks_are_summed(config, monkeypatch) -> None:
-    query, key = tensors(55)
     others = torch.rand(7)
-    monkeypatch.setattr(capture, "get_tensor_model_parallel_world_size", lambda: 2)
-    monkeypatch.setattr(capture, "tensor_model_parallel_all_reduce", lambda mass: mass + others)
-    mass = captured_mass(config, make_layer(config), query, key)
-    torch.testing.assert_close(mass, expected_mass(query, key) + others, rtol=1e-6, atol=0)
+    monkeypatch.setattr(scoring, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(scoring, "tensor_model_parallel_all_reduce", lambda mass: mass + others)
+    assert torch.equal(score(make_layer(config), QUERIES, KEYS, SPECS, BLOCK), expected_mass() + others)
+
+
+def test_the_observer_leaves_also_by_an_exception(config) -> None:
+    layer = make_layer(config)
+
+    def observe(query: torch.Tensor, key: torch.Tensor) -> None:
+        raise AssertionError
+
+    with attending(layer, observe):
+        assert layer.on_query_key is observe
+    assert layer.on_query_key is None
+    with pytest.raises(RuntimeError), attending(layer, observe):
+        raise RuntimeError
+    assert layer.on_query_key is None
+
+
+# --- the choice ------------------------------------------------------------------------
+
+RULES = UniPrefillConfig(block_size=4, num_queries=6, sink_tokens=4, recent_tokens=6)
+
+
+def test_a_spec_has_the_requests_rule_and_no_more_queries_than_tokens() -> None:
+    by_ratio = Decision(20, None, None, 0.5, wants_report=False)
+    by_mass = Decision(20, None, 0.9, None, wants_report=False)
+    choose = Selector(RULES)
+    assert choose.spec(by_ratio, 3, 20, 1) == SelectionSpec(3, 20, 1, 6, keep_ratio=0.5)
+    assert choose.spec(by_mass, 0, 5, 0) == SelectionSpec(0, 5, 0, 5, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [({"keep_ratio": 0.6}, [0, 1, 2, 3, *range(8, 12), *range(16, 24)]), ({"top_p": 1.0}, list(range(24)))],
+    ids=str,
+)
+def test_forced_blocks_and_the_heaviest_stay(budget: dict, kept: list[int]) -> None:
+    """Of blocks 0 to 5 the first and the last two are forced; other rows than the prompt's stay."""
+    spec = SelectionSpec(2, 24, 1, 6, **budget)
+    rows, counts = Selector(RULES).choose(torch.tensor([0, 1.0, 9, 2, 0, 0]), [spec], 30)
+    assert rows.tolist() == [0, 1, *(2 + token for token in kept), 26, 27, 28, 29] and counts == [len(kept)]
+
+
+def test_every_rank_takes_the_first_ones_choice(monkeypatch) -> None:
+    """Whatever its own masses were."""
+    first = torch.tensor([True, False, False, True, True, True])
+    asked: list[int] = []
+
+    def broadcast(keep: torch.Tensor, src: int) -> torch.Tensor:
+        asked.append(src)
+        return first.to(keep.dtype)
+
+    group = SimpleNamespace(world_size=2, broadcast=broadcast)
+    monkeypatch.setattr(selector, "get_tp_group", lambda: group)
+    spec = SelectionSpec(0, 24, 0, 6, keep_ratio=0.6)
+    rows, counts = Selector(RULES).choose(torch.tensor([0, 1.0, 9, 2, 0, 0]), [spec], 24)
+    assert asked == [0] and counts == [16]
+    assert rows.tolist() == [*range(4), *range(12, 24)]
+
+
+# --- looking in ------------------------------------------------------------------------
+
+
+def test_observers_see_spans_and_events_while_they_look() -> None:
+    seen: list[object] = []
+
+    class Observer:
+        @contextmanager
+        def span(self, name: str):
+            seen.append(f"<{name}")
+            yield
+            seen.append(f"{name}>")
+
+        def selected(self, event: events.Selected) -> None:
+            seen.append(event)
+
+    event = events.Selected("r", 0, *torch.zeros(3, 2))
+    assert not events.observed()
+    with events.observed_by(Observer()):
+        assert events.observed()
+        with events.span("outer"), events.span("inner"):
+            events.selected(event)
+    with events.span("unseen"):
+        events.selected(event)
+    assert seen == ["<outer", "<inner", event, "inner>", "outer>"] and not events.observed()
 
 
 # --- which layers can be scored --------------------------------------------------------
