@@ -57,7 +57,7 @@ def test_two_engines_prune_and_count(tmp_path) -> None:
     counted: Counter[tuple] = Counter()
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
-            if sample.name in ("vllm:uniprefill_requests_total", "vllm:uniprefill_kept_tokens_total"):
+            if sample.name in ("vllm:uniprefill_requests_total", "vllm:uniprefill_entered_tokens_total"):
                 label = sample.labels.get("segment") or sample.labels["outcome"]
                 counted[int(sample.labels["engine"]), label] += int(sample.value)
     expected: Counter[tuple] = Counter()

@@ -43,7 +43,7 @@ def plain(model, prompts):
     with engine(model, uniprefill=CONFIG, max_model_len=2048, max_logprobs=2) as llm:
         outputs = generate(llm, prompts, max_tokens=40, logprobs=2)
     assert [o.uniprefill["outcome"] for o in outputs] == ["pruned", "pruned", "dense"]
-    assert all(o.uniprefill["segments"][-1]["tokens_kept"] < len(p) for o, p in zip(outputs[:2], prompts, strict=False))
+    assert all(o.uniprefill["segments"][-1]["tokens_out"] < len(p) for o, p in zip(outputs[:2], prompts, strict=False))
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     gaps = []
     for output in outputs:
@@ -90,9 +90,10 @@ def test_chunked_dense_prompt_beside_pruned_one(model, prompts, plain) -> None:
     """A dense prompt that is prefilled in chunks and a pruned one share steps."""
     rng = random.Random(9)
     long_dense = rng.choices(range(VOCAB), k=1900)
-    with engine(model, uniprefill=CONFIG, max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=900) as llm:
+    config = CONFIG | {"pool_tokens": 0}
+    with engine(model, uniprefill=config, max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=900) as llm:
         [alone] = generate(llm, [long_dense], max_tokens=40, logprobs=2)
-        assert alone.uniprefill["reason"] == "prompt_exceeds_step"
+        assert alone.uniprefill["reason"] == "prompt_exceeds_pool"
         together = generate(llm, [long_dense, *prompts], max_tokens=40)
     ranked = [sorted(e.logprob for e in step.values()) for step in alone.outputs[0].logprobs]
     gaps = [r[-1] - r[-2] for r in ranked]

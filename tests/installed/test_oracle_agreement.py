@@ -122,7 +122,7 @@ def test_agrees_with_oracle(model: str, top_p_over: str, tmp_path, record_proper
                 assert not (differs & ~undecided).any(), f"{name}: layer {cut.layer}"
                 contested += int(differs.sum())
                 dropped += len(cut.alive) - len(ours)
-            reported = [segment["tokens_kept"] for segment in output.uniprefill["segments"]]
+            reported = [segment["tokens_out"] for segment in output.uniprefill["segments"]]
             assert reported == [len(cut) for cut in kept] + [len(kept[-1])]
             ours = logits_of(output)
             for step, logits in enumerate([truth.prefill_logits, *truth.decode_logits]):

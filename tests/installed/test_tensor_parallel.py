@@ -119,7 +119,7 @@ def two_ranks(model):
 def assert_same(several: Run, one: Run) -> None:
     [alone] = one.kept
     assert len(alone) == sum(report["outcome"] == "pruned" for report in one.reports) > len(one.reports) / 2
-    dropped = [r["prompt_tokens"] - r["segments"][-1]["tokens_kept"] for r in one.reports]
+    dropped = [r["prompt_tokens"] - r["segments"][-1]["tokens_out"] for r in one.reports]
     assert sum(dropped) > len(dropped) * CONFIG["min_prompt_tokens"] / 2, (
         "next to nothing was dropped, so nothing was tested"
     )
@@ -200,7 +200,7 @@ def test_killed_rank_ends_the_server(tmp_path) -> None:
             body = {"model": NAME, "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
             status, response = post(live.url, "/v1/completions", body | {"vllm_xargs": {"uniprefill_report": 1}})
             assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
-            kept = response["choices"][0]["uniprefill"]["segments"][-1]["tokens_kept"]
+            kept = response["choices"][0]["uniprefill"]["segments"][-1]["tokens_out"]
             assert kept < length / 2 if length >= 1024 else kept == length
         session = live.process.pid
         assert len(session_members(session)) >= 4  # server, engine core, two ranks
