@@ -101,18 +101,26 @@ def test_chunked_dense_prompt_beside_pruned_one(model, prompts, plain) -> None:
     assert_same_tokens(together[1:], plain)
 
 
-def test_prompt_embeddings(model) -> None:
-    """A prompt given as embeddings is pruned like the tokens they embed."""
+@pytest.mark.parametrize("budget", [2048, 300])
+def test_prompt_embeddings(model, budget: int) -> None:
+    """A prompt given as embeddings is pruned like the tokens they embed, in one step or several."""
     table = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
     prompt = random.Random(5).choices(range(VOCAB), k=700)
     with (
-        engine(model, uniprefill=CONFIG, max_model_len=2048, enable_prompt_embeds=True) as llm,
+        engine(
+            model,
+            uniprefill=CONFIG,
+            max_model_len=2048,
+            max_num_batched_tokens=budget,
+            enable_prompt_embeds=True,
+        ) as llm,
         recorded_selections() as selections,
     ):
         [from_tokens] = generate(llm, [prompt], max_tokens=10)
         params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, extra_args={"uniprefill_report": 1})
         [from_embeds] = llm.generate([EmbedsPrompt(prompt_embeds=table[prompt])], params, use_tqdm=False)
         first, second = selections.of([from_tokens, from_embeds])
-    assert from_embeds.uniprefill == from_tokens.uniprefill
+    assert from_embeds.uniprefill["segments"] == from_tokens.uniprefill["segments"]
+    assert (from_embeds.uniprefill["steps"] > 1) == (budget < 700)
     assert first == second and len(first[-1]) < 700
     assert from_embeds.outputs[0].token_ids == from_tokens.outputs[0].token_ids

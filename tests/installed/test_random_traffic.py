@@ -74,7 +74,7 @@ def llm(request, tmp_path_factory):
         max_num_seqs=6,
         max_num_batched_tokens=budget,
         # Which chunks a prompt is cut into follows from what is beside it, and so does bf16's rounding.
-        dtype="float32" if budget == LANE_BUDGET else "bfloat16",
+        dtype="float32",
         num_gpu_blocks_override=NUM_BLOCKS,
         block_size=32,
         enable_prefix_caching=True,
