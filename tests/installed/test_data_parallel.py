@@ -29,7 +29,7 @@ def test_two_engines_prune_and_count(tmp_path) -> None:
         "--distributed-executor-backend": "mp",
         "--api-server-count": "1",
         "--max-model-len": "4096",
-        "--max-num-batched-tokens": "4352",
+        "--max-num-batched-tokens": "8192",  # all of an engine's prompts fit one step, whenever they come
         "--max-num-seqs": "16",
         "--kv-cache-memory-bytes": "128M",
     }
