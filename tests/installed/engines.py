@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
+from vllm.v1.worker.gpu.uniprefill.events import Selected, observed_by
 
 MAX_MODEL_LEN = 16_384
 # Cuts a model of four layers twice, and prompts of 100 tokens already; how much is kept is added.
@@ -100,12 +100,18 @@ def generate(
 
 @dataclass
 class Selections:
-    """What each pruned request kept.
+    """What each pruned request kept: an observer of the pruning steps.
 
     cuts: request id -> for each cut, the original prompt positions kept.
     """
 
     cuts: dict[str, list[list[int]]] = field(default_factory=dict)
+
+    def span(self, name: str) -> nullcontext:
+        return nullcontext()
+
+    def selected(self, event: Selected) -> None:
+        self.cuts.setdefault(event.req_id, []).append(event.kept.tolist())
 
     def of(self, outputs: Sequence[Any]) -> list[list[list[int]]]:
         """The cuts of finished requests, in the outputs' order."""
@@ -115,28 +121,6 @@ class Selections:
         ]
 
 
-@contextmanager
-def recorded_selections() -> Iterator[Selections]:
+def recorded_selections() -> AbstractContextManager[Selections]:
     """Record the kept sets of every request that is pruned meanwhile, in this process."""
-    selections = Selections()
-    specs_of, select = SegmentRunner._selection_specs, SegmentRunner._select
-    current: list[Any] = []
-
-    def record_batch(self, batch, pruning):
-        current[:] = batch.positions, [request.req_id for request in pruning]
-        return specs_of(self, batch, pruning)
-
-    def record_rows(self, mass, specs, num_rows):
-        rows, kept = select(self, mass, specs, num_rows)
-        positions, req_ids = current
-        for req_id, spec in zip(req_ids, specs, strict=False):
-            is_prompt = (rows >= spec.row_start) & (rows < spec.row_start + spec.num_prompt)
-            cuts = selections.cuts.setdefault(req_id, [])
-            cuts.append(positions[rows[is_prompt]].tolist())
-        return rows, kept
-
-    SegmentRunner._selection_specs, SegmentRunner._select = record_batch, record_rows
-    try:
-        yield selections
-    finally:
-        SegmentRunner._selection_specs, SegmentRunner._select = specs_of, select
+    return observed_by(Selections())

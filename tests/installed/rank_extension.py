@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from engines import Selections, recorded_selections
-from vllm.v1.worker.gpu.uniprefill import capture
-from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
+from vllm.v1.worker.gpu.uniprefill import scoring
+from vllm.v1.worker.gpu.uniprefill.selector import Selector
 
 
 class RankExtension:
@@ -25,13 +25,13 @@ class RankExtension:
         self._recording = ExitStack()
         self._recorded = self._recording.enter_context(recorded_selections())
         self._mass_dtypes = set()
-        all_reduce = capture.tensor_model_parallel_all_reduce
+        all_reduce = scoring.tensor_model_parallel_all_reduce
 
         def recorded_all_reduce(mass: torch.Tensor) -> torch.Tensor:
             self._mass_dtypes.add(mass.dtype)
             return all_reduce(mass)
 
-        capture.tensor_model_parallel_all_reduce = recorded_all_reduce
+        scoring.tensor_model_parallel_all_reduce = recorded_all_reduce
 
     def take_kept_sets(self) -> dict[str, list[list[int]]]:
         """Request -> for each cut, the original positions kept; forgotten here."""
@@ -45,14 +45,8 @@ class RankExtension:
         """Let one rank see masses of its own, as if it rounded otherwise, and differently every time."""
         if self.rank != rank:
             return
-        score = capture.MassCapture._score
-
-        def spoilt(armed: capture.MassCapture, *args: Any) -> None:
-            score(armed, *args)
-            assert armed.mass is not None
-            armed.mass = torch.rand_like(armed.mass)
-
-        capture.MassCapture._score = spoilt
+        all_reduce = scoring.tensor_model_parallel_all_reduce
+        scoring.tensor_model_parallel_all_reduce = lambda mass: torch.rand_like(all_reduce(mass))
 
     def die_before(self, event: str, rank: int | str) -> None:
         """Let one rank be killed (SIGKILL) at the first cut of the next pruned prompt, while the others wait.
@@ -66,6 +60,6 @@ class RankExtension:
             os.kill(os.getpid(), signal.SIGKILL)
 
         if event == "all_reduce":
-            capture.tensor_model_parallel_all_reduce = die
+            scoring.tensor_model_parallel_all_reduce = die
         else:
-            SegmentRunner._select = die
+            Selector.choose = die

@@ -144,7 +144,7 @@ def test_json_after_a_pruned_prompt(fp8) -> None:
     assert all(value.keys() == {"ok", "side"} and value["side"] in ("left", "right") for value in found)
     assert len({json.dumps(value) for value in found}) > 1, "the model has no say"
     for output in outputs:
-        assert output.uniprefill["segments"][-1]["tokens_kept"] < 900
+        assert output.uniprefill["segments"][-1]["tokens_out"] < 900
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_structured_output(needle, kind) -> None:
     ]
     pruned, beside, dense = needle.generate([prompt.text, free.text, prompt.text], params, use_tqdm=False)
     assert [o.uniprefill["outcome"] for o in (pruned, beside, dense)] == ["pruned", "pruned", "dense"]
-    assert pruned.uniprefill["segments"][-1]["tokens_kept"] < 1024
+    assert pruned.uniprefill["segments"][-1]["tokens_out"] < 1024
     for output in (pruned, dense):
         assert output.outputs[0].finish_reason == "stop"
         assert expected.fullmatch(output.outputs[0].text.replace(" ", "")), output.outputs[0].text
@@ -242,7 +242,7 @@ def test_requests_that_are_dense_say_why(model, monkeypatch) -> None:
         "short_prompt": (prompt[:299], {}),
         "disabled": (prompt, {"extra_args": {"uniprefill": 0}}),
         "prompt_logprobs": (prompt, {"prompt_logprobs": 1}),
-        "prompt_exceeds_step": (random_prompt(600), {}),
+        "prompt_exceeds_pool": (random_prompt(600), {}),
     }
 
     async def collect(llm: AsyncLLM, name: str, inputs: Any, extra: dict[str, Any]) -> tuple[list[int], dict]:
@@ -266,7 +266,7 @@ def test_requests_that_are_dense_say_why(model, monkeypatch) -> None:
     async def run() -> None:
         arguments = AsyncEngineArgs(
             model=str(model),
-            uniprefill_config=CONFIG,
+            uniprefill_config=CONFIG | {"pool_tokens": 500},
             enforce_eager=True,
             max_model_len=1024,
             max_num_seqs=8,
@@ -285,7 +285,7 @@ def test_requests_that_are_dense_say_why(model, monkeypatch) -> None:
             llm.shutdown()
         for reason, (_, found) in results.items():
             assert (found["outcome"], found["reason"]) == ("dense" if reason else "pruned", reason), json.dumps(found)
-            kept = found["segments"][-1]["tokens_kept"]
+            kept = found["segments"][-1]["tokens_out"]
             assert (kept < found["prompt_tokens"]) == (reason is None)
         assert report["outcome"] == "dense" and report["reason"] == "streaming_input"
         assert len(tokens) == 8, "both parts of the stream are answered"

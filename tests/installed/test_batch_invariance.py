@@ -103,7 +103,7 @@ def test_mixed_step_holds_all_kinds_of_rows(llm, prompts) -> None:
 
     def spy(model, inputs, batch):
         result = run_model(model, inputs, batch)
-        batches.append((state.step_prunes, batch.num_scheduled_tokens.tolist()))
+        batches.append((state.step_plan is not None, batch.num_scheduled_tokens.tolist()))
         return result
 
     state.run_model = spy

@@ -43,7 +43,7 @@ def plain(model, prompts):
     with engine(model, uniprefill=CONFIG, max_model_len=2048, max_logprobs=2) as llm:
         outputs = generate(llm, prompts, max_tokens=40, logprobs=2)
     assert [o.uniprefill["outcome"] for o in outputs] == ["pruned", "pruned", "dense"]
-    assert all(o.uniprefill["segments"][-1]["tokens_kept"] < len(p) for o, p in zip(outputs[:2], prompts, strict=False))
+    assert all(o.uniprefill["segments"][-1]["tokens_out"] < len(p) for o, p in zip(outputs[:2], prompts, strict=False))
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
     gaps = []
     for output in outputs:
@@ -90,9 +90,10 @@ def test_chunked_dense_prompt_beside_pruned_one(model, prompts, plain) -> None:
     """A dense prompt that is prefilled in chunks and a pruned one share steps."""
     rng = random.Random(9)
     long_dense = rng.choices(range(VOCAB), k=1900)
-    with engine(model, uniprefill=CONFIG, max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=900) as llm:
+    config = CONFIG | {"pool_tokens": 0}
+    with engine(model, uniprefill=config, max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=900) as llm:
         [alone] = generate(llm, [long_dense], max_tokens=40, logprobs=2)
-        assert alone.uniprefill["reason"] == "prompt_exceeds_step"
+        assert alone.uniprefill["reason"] == "prompt_exceeds_pool"
         together = generate(llm, [long_dense, *prompts], max_tokens=40)
     ranked = [sorted(e.logprob for e in step.values()) for step in alone.outputs[0].logprobs]
     gaps = [r[-1] - r[-2] for r in ranked]
@@ -100,18 +101,26 @@ def test_chunked_dense_prompt_beside_pruned_one(model, prompts, plain) -> None:
     assert_same_tokens(together[1:], plain)
 
 
-def test_prompt_embeddings(model) -> None:
-    """A prompt given as embeddings is pruned like the tokens they embed."""
+@pytest.mark.parametrize("budget", [2048, 300])
+def test_prompt_embeddings(model, budget: int) -> None:
+    """A prompt given as embeddings is pruned like the tokens they embed, in one step or several."""
     table = load_file(model / "model.safetensors")["model.embed_tokens.weight"]
     prompt = random.Random(5).choices(range(VOCAB), k=700)
     with (
-        engine(model, uniprefill=CONFIG, max_model_len=2048, enable_prompt_embeds=True) as llm,
+        engine(
+            model,
+            uniprefill=CONFIG,
+            max_model_len=2048,
+            max_num_batched_tokens=budget,
+            enable_prompt_embeds=True,
+        ) as llm,
         recorded_selections() as selections,
     ):
         [from_tokens] = generate(llm, [prompt], max_tokens=10)
         params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, extra_args={"uniprefill_report": 1})
         [from_embeds] = llm.generate([EmbedsPrompt(prompt_embeds=table[prompt])], params, use_tqdm=False)
         first, second = selections.of([from_tokens, from_embeds])
-    assert from_embeds.uniprefill == from_tokens.uniprefill
+    assert from_embeds.uniprefill["segments"] == from_tokens.uniprefill["segments"]
+    assert (from_embeds.uniprefill["steps"] > 1) == (budget < 700)
     assert first == second and len(first[-1]) < 700
     assert from_embeds.outputs[0].token_ids == from_tokens.outputs[0].token_ids

@@ -42,6 +42,8 @@ SETTINGS = [
     "sink_tokens",
     "recent_tokens",
     "min_prompt_tokens",
+    "pool_tokens",
+    "pool_device",
     "enabled",
 ]
 ARGUMENTS = ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_report"]
@@ -81,7 +83,8 @@ def check_config(config: UniPrefillConfig) -> None:
     assert config.top_p_over in ("all", "middle")
     assert min(config.block_size, config.num_queries, config.recent_tokens, config.min_prompt_tokens) >= 1
     assert config.sink_tokens >= 0 and config.num_queries <= config.recent_tokens
-    assert isinstance(config.enabled, bool)
+    assert config.pool_tokens is None or config.pool_tokens >= 0
+    assert config.pool_device in ("device", "host") and isinstance(config.enabled, bool)
     layers = config.selection_layers
     assert layers == "auto" or (layers == sorted(set(layers)) and min(layers) >= 0)
 
@@ -168,7 +171,7 @@ def engine_config(uniprefill: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def policy() -> PrunePolicy:
-    return PrunePolicy(engine_config({}), log_stats=True)
+    return PrunePolicy(engine_config({}))
 
 
 @fuzz
@@ -181,11 +184,10 @@ def test_any_request_is_decided_or_refused(policy: PrunePolicy, extra: dict[str,
     try:
         params = SamplingParams(extra_args=extra)
         request = Request("0", [1] * length, params, None)
-        policy.admit(request)
+        decision = policy.decide(request)
     except VLLMValidationError as error:
         assert str(error)
         return
-    decision = request.uniprefill
     assert (decision.top_p is None) != (decision.keep_ratio is None)
     assert is_share(decision.keep_ratio if decision.top_p is None else decision.top_p)
     assert decision.dense_reason in (None, *get_args(DenseReason))

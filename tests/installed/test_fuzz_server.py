@@ -36,7 +36,7 @@ OPTIONS: dict[str, str | None] = {
         {"min_prompt_tokens": 200, "block_size": 16, "num_queries": 32, "sink_tokens": 16, "recent_tokens": 32}
     ),
     "--max-model-len": "1024",
-    "--max-num-batched-tokens": "2048",
+    "--max-num-batched-tokens": "256",  # so that even these take several steps
     "--max-num-seqs": "8",
     "--kv-cache-memory-bytes": "16M",
 }

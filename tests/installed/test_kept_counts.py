@@ -11,7 +11,7 @@ from oracle.checkpoints import make_checkpoint
 from oracle.oracle import Oracle
 from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, relative_error
 from vllm import SamplingParams, TokensPrompt
-from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
+from vllm.v1.worker.gpu.uniprefill.selector import Selector
 
 VOCAB = 1024
 LAYERS = [1, 2]
@@ -47,13 +47,13 @@ def llm(request, checkpoint):
 def specs(monkeypatch) -> list[list]:
     """What every selection was asked for meanwhile, one list a cut."""
     seen: list[list] = []
-    make = SegmentRunner._selection_specs
+    choose = Selector.choose
 
-    def record(self, batch, pruning):
-        seen.append(make(self, batch, pruning))
-        return seen[-1]
+    def record(self, mass, specs, num_rows):
+        seen.append(specs)
+        return choose(self, mass, specs, num_rows)
 
-    monkeypatch.setattr(SegmentRunner, "_selection_specs", record)
+    monkeypatch.setattr(Selector, "choose", record)
     return seen
 
 
@@ -68,9 +68,9 @@ def add(llm, name: str, prompt: list[int]) -> None:
     llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=prompt), params)
 
 
-def kept_tokens(output) -> list[int]:
+def tokens_out(output) -> list[int]:
     """From the report: prompt tokens alive after each cut."""
-    return [segment["tokens_kept"] for segment in output.uniprefill["segments"][:-1]]
+    return [segment["tokens_out"] for segment in output.uniprefill["segments"][:-1]]
 
 
 def test_counts_come_with_the_step_that_made_them(llm, monkeypatch) -> None:
@@ -94,7 +94,7 @@ def test_counts_come_with_the_step_that_made_them(llm, monkeypatch) -> None:
     with recorded_selections() as selections:
         [output] = generate(llm, [random_prompt(500, seed=1)], max_tokens=4)
         [kept] = selections.of([output])
-    assert kept_tokens(output) == [len(cut) for cut in kept] and len(kept[-1]) < 500
+    assert tokens_out(output) == [len(cut) for cut in kept] and len(kept[-1]) < 500
     delivered = [i for i, (what, names) in enumerate(events) if what == "kept" and names]
     assert len(delivered) == 1
     assert [what for what, _ in events[: delivered[0]]] == ["schedule"] * (2 if llm.is_async else 1)
@@ -118,10 +118,10 @@ def test_counts_of_many_in_flight_are_their_own(llm) -> None:
         report = outputs[number].uniprefill
         assert report["prompt_tokens"] == length
         if length < 100:
-            assert report["reason"] == "short_prompt" and kept_tokens(outputs[number]) == [length, length]
+            assert report["reason"] == "short_prompt" and tokens_out(outputs[number]) == [length, length]
         else:
             [kept] = selections.of([outputs[number]])
-            assert kept_tokens(outputs[number]) == [len(cut) for cut in kept]
+            assert tokens_out(outputs[number]) == [len(cut) for cut in kept]
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7], ids=lambda n: f"after {n} steps")
@@ -157,7 +157,7 @@ def test_resumed_request_is_scored_as_at_first(llm, checkpoint, specs, num_steps
         assert (spec.num_prompt, spec.num_queries) == (first.num_prompt, first.num_queries)
 
     output = outputs[-1]
-    assert kept_tokens(output) == [len(cut) for cut in kept]
+    assert tokens_out(output) == [len(cut) for cut in kept]
     tokens = list(output.outputs[0].token_ids)
     assert len(tokens) == NUM_TOKENS
     assert tokens[:num_output] == list(alone.outputs[0].token_ids)[:num_output]
@@ -180,30 +180,23 @@ def test_resumed_request_is_scored_as_at_first(llm, checkpoint, specs, num_steps
     assert max(errors) <= MAX_RELATIVE_ERROR
 
 
-def test_a_resumed_request_is_counted_once(llm) -> None:
+def test_a_resumed_request_is_counted_once(llm, monkeypatch) -> None:
     """In the metrics' source and in the report."""
     scheduler = scheduler_of(llm)
     taken: list = []
-    take = scheduler.uniprefill.take_stats
+    take = scheduler._take_stats
 
-    def keep():
-        stats = take()
-        taken.extend(stats.prefills)
-        return stats
+    def keep(ended):
+        taken.extend(ended)
+        return take(ended)
 
-    scheduler.uniprefill.take_stats = keep
-    try:
-        keep()
-        taken.clear()
-        add(llm, "counted-once", random_prompt(400, seed=9))
-        for _ in range(5):
-            llm.llm_engine.step()
-        scheduler.reset_prefix_cache(reset_running_requests=True)
-        while llm.llm_engine.has_unfinished_requests():
-            outputs = llm.llm_engine.step()
-        keep()
-    finally:
-        del scheduler.uniprefill.take_stats
+    monkeypatch.setattr(scheduler, "_take_stats", keep)
+    add(llm, "counted-once", random_prompt(400, seed=9))
+    for _ in range(5):
+        llm.llm_engine.step()
+    scheduler.reset_prefix_cache(reset_running_requests=True)
+    while llm.llm_engine.has_unfinished_requests():
+        outputs = llm.llm_engine.step()
     [prefill] = taken
     assert prefill.dense_reason is None and prefill.alive[0] == 400
-    assert kept_tokens(outputs[-1]) == prefill.alive[1:]
+    assert tokens_out(outputs[-1]) == prefill.alive[1:]

@@ -11,7 +11,14 @@ from engines import engine, generate, recorded_selections
 from oracle.checkpoints import CONSTANTS, make_checkpoint
 from oracle.oracle import Oracle
 from safetensors.torch import save_file
-from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, random_prompt, relative_error
+from test_oracle_agreement import (
+    MASS_TOLERANCE,
+    MAX_RELATIVE_ERROR,
+    WHOLE,
+    logits_of,
+    random_prompt,
+    relative_error,
+)
 from transformers import AutoModelForCausalLM
 from vllm.lora.request import LoRARequest
 
@@ -82,10 +89,10 @@ def adapters(base) -> dict[str, tuple[LoRARequest | None, Oracle]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def llm(base):
-    lora = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 3}
-    with engine(base, uniprefill=UNIPREFILL, max_logprobs=-1, logprobs_mode="raw_logits", **lora) as llm:
+@pytest.fixture(scope="module", params=[WHOLE, 600], ids=lambda budget: f"{budget} tokens a step")
+def llm(request, base):
+    settings = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 3, "max_num_batched_tokens": request.param}
+    with engine(base, uniprefill=UNIPREFILL, max_logprobs=-1, logprobs_mode="raw_logits", **settings) as llm:
         yield llm
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 from engines import engine, recorded_selections
 from oracle.vision import FAMILIES, NUM_WORDS, TOKEN_ID, VisionOracle, make_image, make_vision_checkpoint
-from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, relative_error
+from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, WHOLE, logits_of, relative_error
 from vllm import SamplingParams
 
 # vLLM's Qwen-VL modules import it, and the package index has none that imports beside a CPU torch.
@@ -24,8 +24,10 @@ def words(count: int, seed: int) -> list[int]:
 IMAGE = [TOKEN_ID[word] for word in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")]
 
 
+# 800 tokens a step cut through the first image.
+@pytest.mark.parametrize("budget", [WHOLE, 800])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_agrees_with_oracle(family: str, tmp_path) -> None:
+def test_agrees_with_oracle(family: str, budget: int, tmp_path) -> None:
     path = make_vision_checkpoint(tmp_path / "m", family, seed=11)
     oracle = VisionOracle(path)
     pictures = [make_image(448, 308, 1), make_image(196, 252, 2)]
@@ -41,6 +43,7 @@ def test_agrees_with_oracle(family: str, tmp_path) -> None:
             tokenizer=str(path / "tokenizer"),
             limit_mm_per_prompt={"image": 2, "video": 0},
             max_model_len=4096,
+            max_num_batched_tokens=budget,
             max_logprobs=-1,
             logprobs_mode="raw_logits",
         ) as llm,
@@ -63,6 +66,7 @@ def test_agrees_with_oracle(family: str, tmp_path) -> None:
             num_image_tokens = ids.count(IMAGE[1])
             assert num_image_tokens == (16 * 11 + 7 * 9 if images else 0)
             assert output.uniprefill["outcome"] == "pruned"
+            assert (output.uniprefill["steps"] > 1) == (budget != WHOLE)
             assert len(kept[-1]) < len(ids) - 500, f"{name}: next to nothing was dropped"
             if images:
                 dropped_images = num_image_tokens - sum(ids[position] == IMAGE[1] for position in kept[-1])

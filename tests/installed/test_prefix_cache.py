@@ -76,7 +76,7 @@ def test_hit_rates_beside_pruned_requests_are_stocks(llm, stock) -> None:
         if len(prompt) >= CONFIG["min_prompt_tokens"]:
             [pruned] = generate(llm, [prompt], max_tokens=NUM_TOKENS)
             assert pruned.uniprefill["outcome"] == "pruned" and pruned.num_cached_tokens == 0
-            assert pruned.uniprefill["segments"][-1]["tokens_kept"] < len(prompt)
+            assert pruned.uniprefill["segments"][-1]["tokens_out"] < len(prompt)
         output = dense(llm, prompt, uniprefill=0)
         assert output.num_cached_tokens == num_cached
         assert list(output.outputs[0].token_ids) == tokens

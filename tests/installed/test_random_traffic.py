@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 from engines import SMALL_CUTS, engine, generate, model_runner_of, scheduler_of
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from oracle.checkpoints import make_checkpoint
 from vllm import SamplingParams, TokensPrompt
 
 VOCAB = 1024
 MAX_LEN = 640
+LANE_BUDGET = 320  # the longer prompts take several steps
 NUM_BLOCKS = 48  # of 32 tokens: two or three long requests fill them
 CONFIG = SMALL_CUTS | {"top_p": 0.7}
 # Preempted requests compute their output tokens again, in one batch instead of one by one, which
@@ -56,8 +57,13 @@ ARRIVALS = st.lists(
 )
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["async scheduling", "sync scheduling"])
+@pytest.fixture(
+    scope="module",
+    params=[(True, LANE_BUDGET), (False, MAX_LEN + 6)],
+    ids=["async scheduling, 320 tokens a step", "sync scheduling, 646 tokens a step"],
+)
 def llm(request, tmp_path_factory):
+    async_scheduling, budget = request.param
     path = make_checkpoint(
         tmp_path_factory.mktemp("llama"), "llama", layers=4, hidden=128, heads=4, head_dim=32, seed=4
     )
@@ -66,11 +72,13 @@ def llm(request, tmp_path_factory):
         uniprefill=CONFIG,
         max_model_len=MAX_LEN,
         max_num_seqs=6,
-        max_num_batched_tokens=MAX_LEN + 6,
+        max_num_batched_tokens=budget,
+        # Which chunks a prompt is cut into follows from what is beside it, and so does bf16's rounding.
+        dtype="float32",
         num_gpu_blocks_override=NUM_BLOCKS,
         block_size=32,
         enable_prefix_caching=True,
-        async_scheduling=request.param,
+        async_scheduling=async_scheduling,
     ) as llm:
         llm.expected = {}
         yield llm
@@ -129,6 +137,7 @@ def run(llm, arrivals: list[Arrival]) -> dict[int, list[int]]:
     max_examples=7,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(arrivals=ARRIVALS)
@@ -171,8 +180,9 @@ def assert_nothing_left(llm) -> None:
     pool = scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # one is the null block
     assert not scheduler.requests and not scheduler.running and not scheduler.waiting
+    assert scheduler.lane is None and not scheduler.ledger.entries
     state = runner.model_state
-    assert not state.to_prune and not state.pruned_slots and not state.kept
+    assert not state.pruned and not state.kept and state.segment_runner.lane.prompt is None
     assert not state.segment_state.dropped_np.any() and not state.segment_state.dropped.any()
 
 
@@ -200,11 +210,12 @@ def test_reasons_of_dense_requests(llm) -> None:
     assert reason(200, prompt_logprobs=1) == "prompt_logprobs"
 
 
-def test_prompt_that_never_fits_a_step_is_dense(tmp_path) -> None:
+def test_prompt_that_fits_no_step_is_dense_without_a_lane(tmp_path) -> None:
     path = make_checkpoint(tmp_path / "m", "llama", layers=4, hidden=128, heads=4, head_dim=32)
     prompt = random.Random(1).choices(range(VOCAB), k=500)
-    with engine(path, uniprefill=CONFIG, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256) as llm:
+    config = CONFIG | {"pool_tokens": 0}
+    with engine(path, uniprefill=config, max_model_len=1024, max_num_seqs=4, max_num_batched_tokens=256) as llm:
         fits, too_long = generate(llm, [prompt[:253], prompt[:254]])
         assert fits.uniprefill["reason"] is None
-        assert too_long.uniprefill["reason"] == "prompt_exceeds_step"
-        assert too_long.uniprefill["segments"][-1]["tokens_kept"] == 254
+        assert too_long.uniprefill["reason"] == "prompt_exceeds_pool"
+        assert too_long.uniprefill["segments"][-1]["tokens_out"] == 254

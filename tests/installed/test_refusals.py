@@ -52,7 +52,9 @@ def configure(model, uniprefill, **arguments):
         ({"selection_layers": [1, 99]}, "99"),
         ({"selection_layers": [3]}, "last one"),
         ({"selection_layers": "some"}, "selection_layers"),
-        ({"min_prompt_tokens": 9000}, "--max-num-batched-tokens"),
+        ({"min_prompt_tokens": 9000}, "pool_tokens"),
+        ({"pool_tokens": -1}, "pool_tokens"),
+        ({"pool_device": "disk"}, "pool_device"),
     ],
     ids=str,
 )
@@ -77,6 +79,7 @@ def test_bad_setting(model, setting, names) -> None:
             "--ec-transfer-config",
         ),
         ({"enable_chunked_prefill": False}, "--no-enable-chunked-prefill"),
+        ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "--scheduler-cls"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",
@@ -180,7 +183,7 @@ OTHER_MODELS = {
         "is_encoder_decoder": True,
     },
     "diffusion": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "canvas_length": 32},
-    "GPT2LMHeadModel, whose layers": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+    "in parts (GPT2LMHeadModel)": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
     "Transformers backend": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"},
 }
 

@@ -21,7 +21,7 @@ NUM_TOKENS = 4096
 OPTIONS = {
     "--uniprefill-config": '{"top_p": 0.99}',
     "--max-model-len": "8192",
-    "--max-num-batched-tokens": "8448",
+    "--max-num-batched-tokens": "16384",
     "--kv-cache-memory-bytes": "256M",
     "--max-num-seqs": "16",
 }
@@ -74,8 +74,8 @@ def test_pruned_answer_with_report(url, prompt) -> None:
     assert report["prompt_tokens"] == NUM_TOKENS == response["usage"]["prompt_tokens"]
     segments = report["segments"]
     assert segments[0]["layers"][0] == 0 and segments[-1]["layers"][1] == 7
-    assert [s["tokens_in"] for s in segments[1:]] == [s["tokens_kept"] for s in segments[:-1]]
-    assert segments[-1]["tokens_kept"] < NUM_TOKENS / 2
+    assert [s["tokens_in"] for s in segments[1:]] == [s["tokens_out"] for s in segments[:-1]]
+    assert segments[-1]["tokens_out"] < NUM_TOKENS / 2
 
 
 def test_dense_by_request(url, prompt) -> None:
@@ -83,7 +83,7 @@ def test_dense_by_request(url, prompt) -> None:
     assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
     report = response["choices"][0]["uniprefill"]
     assert (report["outcome"], report["reason"]) == ("dense", "disabled")
-    assert {s["tokens_kept"] for s in report["segments"]} == {NUM_TOKENS}
+    assert {s["tokens_out"] for s in report["segments"]} == {NUM_TOKENS}
 
 
 def test_no_report_unless_asked(url, prompt) -> None:
@@ -94,7 +94,7 @@ def test_no_report_unless_asked(url, prompt) -> None:
 def test_per_request_share(url, prompt) -> None:
     def kept(**xargs) -> list[int]:
         _, response = complete(url, prompt.text, {"uniprefill_report": 1, **xargs})
-        return [s["tokens_kept"] for s in response["choices"][0]["uniprefill"]["segments"]]
+        return [s["tokens_out"] for s in response["choices"][0]["uniprefill"]["segments"]]
 
     assert kept(uniprefill_top_p=1.0) == [NUM_TOKENS] * len(kept())
     assert kept(uniprefill_keep_ratio=0.5)[0] == NUM_TOKENS // 2
@@ -252,15 +252,15 @@ def test_metrics_count_what_the_reports_say(live, url, prompt) -> None:
     assert counted("requests_total outcome=dense reason=disabled") == 1
     assert counted("requests_total outcome=dense reason=short_prompt") == 1
     assert counted("prompt_tokens_total") == 2 * NUM_TOKENS
-    assert counted("keep_ratio_count") == 2
+    assert counted("computed_share_count") == 2
     for segment in range(1, len(reports[0]["segments"])):
         entered = sum(report["segments"][segment]["tokens_in"] for report in reports[:2])
-        assert counted(f"kept_tokens_total segment={segment}") == entered
+        assert counted(f"entered_tokens_total segment={segment}") == entered
     shares = [
         sum((s["layers"][1] - s["layers"][0] + 1) * s["tokens_in"] for s in report["segments"]) / (8 * NUM_TOKENS)
         for report in reports[:2]
     ]
-    assert counted("keep_ratio_sum") == pytest.approx(sum(shares))
+    assert counted("computed_share_sum") == pytest.approx(sum(shares))
     # Stock's clock stops when the frontend has the token, ours when the scheduler has it.
     ours = {o: counted(f"time_to_first_token_seconds_sum outcome={o}") for o in ("pruned", "dense")}
     assert all(counted(f"time_to_first_token_seconds_count outcome={outcome}") == 2 for outcome in ours)
