@@ -35,7 +35,7 @@ def test_pruned_answers_as_dense(llm, task: str) -> None:
             assert output.uniprefill["prompt_tokens"] == LENGTH
             right[outcome] += starts_with_answer(output.outputs[0].text, prompt.answer)
             if outcome == "pruned":
-                kept.append(output.uniprefill["segments"][0]["tokens_kept"] / LENGTH)
+                kept.append(output.uniprefill["segments"][0]["tokens_out"] / LENGTH)
     assert right["dense"] >= 0.9 * PROMPTS, "the model no longer knows its task"
     assert right["pruned"] >= 0.99 * right["dense"]
     assert max(kept) < 0.5, "hardly anything was dropped, so nothing was tested"
