@@ -9,7 +9,7 @@ MODEL ?=
 LENGTHS ?=
 LIMIT ?=
 TASKS ?=
-# of bench, bench-load, eval and bench-gpu: the folder of the result; empty: build/results
+# of bench, bench-load, soak, eval and bench-gpu: the folder of the result; empty: build/results
 RESULTS ?=
 TO ?=
 
@@ -69,7 +69,7 @@ bench-load: build ## a live server under short and long prompts at once, with vl
 
 soak: build ## half an hour of random traffic and faults against a live server
 	@$(if $(MODEL),echo 'make soak checks answers that only the needle model gives: leave MODEL out' >&2; exit 2;) \
-		exec $(VENV) -m evals.soak $(ARGS)
+		exec $(VENV) -m evals.soak $(RESULTS_OPTION) $(ARGS)
 
 eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
 	@exec $(VENV) -m evals.lm $(MODEL_OPTION) $(RESULTS_OPTION) $(if $(LENGTHS),--lengths '$(LENGTHS)') \

@@ -3,7 +3,7 @@
 Three ways to serve the same requests at the same moments:
   dense    the server runs with --uniprefill-config, and the requests ask for no pruning
   pruned   the same server, and the requests ask for pruning
-  no flag  a server without the flag and with vLLM's own token budget, which chunks long prefills
+  no flag  a server without the flag, else alike: what serving with it costs those that do not prune
 
 Every round has its own prompts and arrivals, the same for all three. Nothing is reused from the
 prefix cache, which is off. Exit status 0: measured, also where an expectation is missed.
@@ -101,9 +101,8 @@ def server_options(mix: Mix, flag: bool) -> dict[str, str | None]:
         "--no-enable-prefix-caching": None,
         "--kv-cache-memory-bytes": "512M",
     }
-    if flag:  # a pruned prompt prefills in one step
+    if flag:
         options["--uniprefill-config"] = '{"top_p": 0.99}'
-        options["--max-num-batched-tokens"] = str(longest + MAX_NUM_SEQS)
     return options
 
 
@@ -268,9 +267,9 @@ def method(mix: Mix, rounds: int) -> str:
         f"{long} of them with {size_label(mix.long_tokens)} prompt tokens, the others with {SHORT_TOKENS}; "
         f"{NEW_TOKENS} tokens generated. The same prompts and arrivals for all ways of a round, no prefix cache. "
         "Numbers are medians of the rounds [range]; gains are round by round, above 1 pruned is faster; a round's p99 "
-        f"is of about {mix.requests - long} first tokens, so nearly its slowest. Dense and pruned share a server, "
-        "whose budget takes a whole prompt in one step; no flag is a server without UniPrefill, which prefills in "
-        "chunks of vLLM's own budget."
+        f"is of about {mix.requests - long} first tokens, so nearly its slowest. Dense and pruned share a server; "
+        "no flag is one without UniPrefill. Both have vLLM's own number of tokens a step: dense prompts prefill in "
+        "chunks, longer pruned ones in the lane."
     )
 
 

@@ -120,7 +120,7 @@ def is_needle(model: str) -> bool:
 
 
 def engine_arguments(args: argparse.Namespace, cpu: bool, batch_size: int) -> dict[str, Any]:
-    """Arguments of LLM(...): whole prompts in one step, as pruning needs.
+    """Arguments of LLM(...).
 
     Raises:
         ForkError: if the model is too short for the lengths.
@@ -143,9 +143,7 @@ def engine_arguments(args: argparse.Namespace, cpu: bool, batch_size: int) -> di
         if Path(args.model).is_dir():
             per_token = ModelShape.from_config(read_config(Path(args.model))).kv_bytes_per_token
             arguments["kv_cache_memory_bytes"] = per_token * (batch_size * arguments["max_model_len"] + 8192)
-    arguments |= args.engine_args
-    arguments.setdefault("max_num_batched_tokens", arguments["max_model_len"] + arguments["max_num_seqs"])
-    return arguments
+    return arguments | args.engine_args
 
 
 def server_options(arguments: dict[str, Any]) -> list[str]:

@@ -24,9 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evals.needle.prompts import STATEMENT_LENGTH, TASKS, NeedlePrompt, is_correct, make_prompt
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
-from oracle.selection import SelectionRule, block_masses, forced_blocks, select_blocks  # noqa: E402
+from tests.oracle.selection import SelectionRule, block_masses, forced_blocks, select_blocks
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
-"""Soak the server for some minutes, and write what came of it; exit status 1 if anything was wrong.
-
-build/venv/bin/python -m evals.soak --minutes 30 --output evals/results/soak
-"""
+"""Soak the server for some minutes, and write what came of it; exit status 1 if anything was wrong."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.provenance import provenance
+from evals.provenance import add_results_option, command_line, provenance
 from evals.soak.driver import GROWTH_MIB, OPTIONS, problems, soak
 from evals.soak.watch import growth
-from scripts.fork import ROOT, run_main, say
+from scripts.fork import run_main, say
 
 
 def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], command: str) -> str:
@@ -42,7 +40,8 @@ def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], c
             "",
             "## Traffic",
             f"{result['seconds'] / 60:.1f} minutes, at most {result['most_at_once']} requests at once, "
-            f"{result['preemptions']:.0f} preemptions, prompts prefilled: {outcomes}.",
+            f"{result['preemptions']:.0f} preemptions, the lane busy for "
+            f"{result['lane_seconds']:.0f} s, prompts prefilled: {outcomes}.",
             "",
             f"{len(result['wrong'])} wrong among {sum(result['checked'].values()):,} checked answers ({checked}); "
             f"{questions['answered alone']} of {questions['asked']} questions are answered right alone and were used.",
@@ -79,20 +78,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=30, help="of traffic (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the traffic (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "results" / "soak", help="without suffix")
+    add_results_option(parser)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     origin = provenance()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         say(f"{args.minutes:g} minutes of traffic")
         result = soak(args.minutes * 60, Path(folder) / "server.log", seed=args.seed)
     found = problems(result)
-    command = f"python -m evals.soak --minutes {args.minutes:g} --seed {args.seed}"
+    command = command_line("soak", argv)
     text = markdown(result, found, origin, command)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{args.output}.json").write_text(
-        json.dumps({"provenance": origin, "problems": found} | result, indent=1) + "\n"
-    )
-    Path(f"{args.output}.md").write_text(text)
+    args.results.mkdir(parents=True, exist_ok=True)
+    whole = {"provenance": origin, "problems": found} | result
+    (args.results / "soak.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (args.results / "soak.md").write_text(text)
     print(text)
     return 1 if found else 0
 

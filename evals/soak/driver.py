@@ -18,7 +18,6 @@ MAX_MODEL_LEN = 8192
 OPTIONS: dict[str, str | None] = {
     "--uniprefill-config": '{"top_p": 0.99}',
     "--max-model-len": str(MAX_MODEL_LEN),
-    "--max-num-batched-tokens": "8448",
     "--max-num-seqs": "16",
     "--block-size": "32",
     "--kv-cache-memory-bytes": "34M",  # 8,704 tokens: a few long requests fill it, so some are preempted
@@ -38,6 +37,7 @@ ENVIRONMENT = {
 # Most that the resident memory of all processes together may grow after the warm-up, in MiB.
 GROWTH_MIB = 16.0
 MORE_FILES = 16  # connections that the server has not closed yet
+LANE_SECONDS = "vllm:uniprefill_lane_busy_seconds_total"
 # Longer is a hang, however busy the machine.
 SETTLE_SECONDS = 120.0
 STOP_SECONDS = 660.0
@@ -89,6 +89,7 @@ async def run(server: LiveServer, seconds: float, seed: int, count: int) -> dict
         "wrong": tally.wrong,
         "failures": tally.failures,
         "preemptions": after.total("vllm:num_preemptions_total") - before.total("vllm:num_preemptions_total"),
+        "lane_seconds": after.total(LANE_SECONDS) - before.total(LANE_SECONDS),
         "outcomes": after.by_label("vllm:uniprefill_requests_total", "outcome"),
         "left": left,
         "whole_cache_answered": all(whole),
@@ -176,6 +177,8 @@ def untested(result: dict[str, Any]) -> list[str]:
         found.append(f"Only {known} of {asked} questions are answered right by a request alone.")
     if result["preemptions"] < 1:
         found.append("No request was preempted; the KV cache is too large for this.")
+    if not result["lane_seconds"]:
+        found.append("No prompt was in the lane; none is longer than a step.")
     if result["most_at_once"] < CROWD_CLIENTS:
         found.append(f"Only {result['most_at_once']} requests were under way at once, not {CROWD_CLIENTS}.")
     expected = {*Traffic("", [], 0).actions, "aborted, ended by abort"}

@@ -474,6 +474,14 @@ def test_make_passes_model_and_results_on(task: str) -> None:
     assert "--model 'a b' --results 'here'" in done.stdout
 
 
+def test_make_soak_passes_results_on_and_takes_no_model() -> None:
+    def shown(*given: str) -> str:
+        return subprocess.run(["make", "-n", "soak", *given], cwd=ROOT, capture_output=True, text=True).stdout
+
+    assert "evals.soak --results 'here'" in shown("RESULTS=here")
+    assert "leave MODEL out" in shown("MODEL=x") and "leave MODEL out" not in shown()
+
+
 # --- provenance
 
 

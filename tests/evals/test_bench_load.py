@@ -64,10 +64,10 @@ def test_the_command_asks_for_what_the_way_is(tmp_path: Path, way: str, xargs: d
     assert json.loads(dataset.read_text().splitlines()[0])["output_tokens"] == load.NEW_TOKENS
 
 
-def test_only_the_server_with_the_flag_takes_whole_prompts() -> None:
+def test_the_servers_differ_in_the_flag_alone() -> None:
     with_flag, without = (load.server_options(MIX, flag) for flag in (True, False))
-    assert int(with_flag["--max-num-batched-tokens"]) >= MIX.long_tokens + load.MAX_NUM_SEQS
-    assert "--uniprefill-config" not in without and "--max-num-batched-tokens" not in without
+    assert with_flag.items() - without.items() == {("--uniprefill-config", '{"top_p": 0.99}')}
+    assert without.items() <= with_flag.items()
 
 
 def test_a_class_has_its_own_percentiles() -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from evals.needle import prompts as P
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from evals.needle import prompts as P  # noqa: E402
-
 MODEL = ROOT / "evals" / "needle" / "model"
 MAX_WEIGHT_BYTES = 10_000_000
 PINNED = ("v235", "what is k70 ? answer :", (146,))
