@@ -11,7 +11,7 @@ LIMIT ?=
 TASKS ?=
 TO ?=
 
-RUN := $(PYTHON) scripts
+RUN := $(PYTHON) -m scripts
 VENV := build/venv/bin/python
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
 
@@ -24,38 +24,38 @@ help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 source: ## fetch the pinned release, verify it against UPSTREAM, unpack it
-	@$(RUN)/fetch_source.py $(if $(filter cuda,$(DEVICE)),--wheel)
+	@$(RUN).fetch_source $(if $(filter cuda,$(DEVICE)),--wheel)
 
 tree: ## build/tree: the release with every patch applied, in order
-	@$(RUN)/make_tree.py
+	@$(RUN).make_tree
 
 refresh: ## write the edits of build/tree into their patches, canonically; regenerate patches/README.md
-	@$(RUN)/refresh_patches.py
+	@$(RUN).refresh_patches $(ARGS)
 
 discard-edits: ## throw away every edit of build/tree that no patch has
-	@$(RUN)/make_tree.py --discard
+	@$(RUN).make_tree --discard
 
-check: ## patches, headers, series and table in order? (seconds, offline)
-	@$(RUN)/check_patches.py
+check: ## patches, headers, series, table and locks in order? (seconds, offline)
+	@$(RUN).check_patches
 
 build: ## build for this machine and install in build/venv
-	@$(RUN)/build.py $(DEVICE_OPTION)
+	@$(RUN).build $(DEVICE_OPTION)
 
 wheel: ## only the wheel, in build/wheels; nothing is installed
-	@$(RUN)/build.py --wheel-only $(DEVICE_OPTION)
+	@$(RUN).build --wheel-only $(DEVICE_OPTION)
 
 serve: build ## serve MODEL (default: the needle model) with UniPrefill on
-	@exec $(VENV) scripts/serve.py $(if $(MODEL),--model '$(MODEL)') -- $(ARGS)
+	@exec $(VENV) -m scripts.serve $(if $(MODEL),--model '$(MODEL)') -- $(ARGS)
 
 demo: build ## one long prompt, dense and pruned: answers, tokens kept, time to first token
-	@exec $(VENV) scripts/demo.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+	@exec $(VENV) -m scripts.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
 
 test: build ## every test of the fork
-	@$(RUN)/build.py --wheel-only --device cuda
+	@$(RUN).build --wheel-only --device cuda
 	@exec $(VENV) -m pytest tests -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-upstream: build ## vLLM's own CPU tests, on the release and on the patched tree; the difference must be empty
-	@exec $(VENV) scripts/upstream_tests.py $(ARGS)
+	@exec $(VENV) -m scripts.upstream_tests $(ARGS)
 
 bench: build ## times, dense against pruned: gain by length, its parts, decode
 	@exec $(VENV) -m evals.bench $(ARGS)
@@ -64,7 +64,8 @@ bench-load: build ## a live server under short and long prompts at once, with vl
 	@exec $(VENV) -m evals.bench.load $(ARGS)
 
 soak: build ## half an hour of random traffic and faults against a live server
-	@exec $(VENV) -m evals.soak $(ARGS)
+	@$(if $(MODEL),echo 'make soak checks answers that only the needle model gives: leave MODEL out' >&2; exit 2;) \
+		exec $(VENV) -m evals.soak $(ARGS)
 
 eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
 	@exec $(VENV) -m evals.lm $(if $(MODEL),--model '$(MODEL)') $(if $(LENGTHS),--lengths '$(LENGTHS)') \
@@ -74,22 +75,22 @@ bench-gpu: ## kernel checks and benchmarks at Llama-3.1-8B's shape, for an 80 GB
 	@exec sh evals/gpu/run.sh $(ARGS)
 
 pack-gpu: ## pieces that bring bench-gpu to a machine without a network, in build/gpu
-	@$(RUN)/build.py $(DEVICE_OPTION)
+	@$(RUN).build $(DEVICE_OPTION)
 	@exec $(VENV) -m evals.gpu.pack $(ARGS)
 
 docker: ## the container image uniprefill-vllm:DEVICE, with docker, podman or buildah (scripts/docker/README.md)
-	@$(RUN)/build_image.py $(DEVICE_OPTION) -- $(ARGS)
+	@$(RUN).build_image $(DEVICE_OPTION) -- $(ARGS)
 
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream
-	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN)/rebase_check.py --to '$(TO)'
+	@$(if $(TO),,echo 'make rebase-check needs TO=x.y.z' >&2; exit 2;) $(RUN).rebase_check --to '$(TO)'
 
-lock: build ## pin the versions that build/venv has now
-	@$(RUN)/lock_environment.py $(DEVICE_OPTION)
+lock: ## resolve the requirements into scripts/lock-*.txt (ARGS=--upgrade: with the newest versions)
+	@$(RUN).lock $(ARGS)
 
 clean: ## remove what was built (archives and the user's cache stay)
-	@$(RUN)/make_tree.py --refuse-edits
-	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv build/image
+	@$(RUN).make_tree --refuse-edits
+	@rm -rf build/tree build/pristine build/state build/cpu build/wheels build/venv build/uv build/image
 
 distclean: ## remove build/ entirely
-	@$(RUN)/make_tree.py --refuse-edits
+	@$(RUN).make_tree --refuse-edits
 	@rm -rf build

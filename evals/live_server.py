@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -14,28 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-import evals.provenance  # noqa: F401  puts scripts/ on the path
+from prometheus_client.parser import text_string_to_metric_families
 
-# isort: split
-from fork import ForkError
-from serve import server, wait_until_ready
+from scripts.fork import ForkError
+from scripts.serve import Address, server, wait_until_ready
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
 NAME = "needle"
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 READY_SECONDS = 300.0
-SAMPLE = re.compile(r"^(?P<name>[a-z_:A-Z0-9]+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
 
 
 class Metrics:
     """What /metrics said at one moment."""
 
     def __init__(self, text: str) -> None:
-        self.samples = [
-            (found["name"], dict(re.findall(r'(\w+)="([^"]*)"', found["labels"] or "")), float(found["value"]))
-            for found in map(SAMPLE.match, text.splitlines())
-            if found
-        ]
+        self.samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
 
     def total(self, name: str, **labels: str) -> float:
         """The sum over all samples of that name with these labels.
@@ -44,14 +36,14 @@ class Metrics:
             KeyError: if no sample has that name.
 
         """
-        named = [(given, value) for sample, given, value in self.samples if sample == name]
+        named = [sample for sample in self.samples if sample.name == name]
         if not named:
             raise KeyError(name)
-        return sum(value for given, value in named if labels.items() <= given.items())
+        return sum(sample.value for sample in named if labels.items() <= sample.labels.items())
 
     def by_label(self, name: str, label: str) -> dict[str, float]:
         """The sums over the samples of that name, one per value of a label."""
-        values = {given[label]: 0.0 for sample, given, _ in self.samples if sample == name}
+        values = dict.fromkeys(sample.labels[label] for sample in self.samples if sample.name == name)
         return {value: self.total(name, **{label: value}) for value in values}
 
 
@@ -108,18 +100,17 @@ def live_server(
         ForkError: if it does not get ready, with the last lines of its log.
 
     """
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = serve_command(port, options, model)
+    address = Address("127.0.0.1", free_port())
+    command = serve_command(address.port, options, model)
     with ExitStack() as stack:
         stream = stack.enter_context(log.open("wb"))
         with patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | dict(environment or {})):
             process = stack.enter_context(server(command, stream.fileno()))
         try:
-            wait_until_ready(process, url, READY_SECONDS)
+            wait_until_ready(process, address, READY_SECONDS)
         except ForkError as error:
             raise ForkError(f"{error}\n{last_lines(log)}") from None
-        yield LiveServer(process, url, log)
+        yield LiveServer(process, address.url, log)
 
 
 def last_lines(log: Path, count: int = 15) -> str:

@@ -8,15 +8,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT / "scripts") not in sys.path:
-    sys.path.append(str(ROOT / "scripts"))
-
-from fork import ForkError, Layout, read_upstream, read_version, series_sha256  # noqa: E402
+from scripts.fork import ForkError, Layout, read_upstream, read_version, series_sha256
 
 FEATURE = "vllm.v1.uniprefill"
 

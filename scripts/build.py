@@ -18,13 +18,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import compile_cpu
-import environment
-import make_tree
-import tree
-import wheels
-from fetch_source import ensure_source
-from fork import (
+from scripts import compile_cpu, environment, make_tree, tree, wheels
+from scripts.fetch_source import ensure_source
+from scripts.fork import (
     ForkError,
     Layout,
     read_upstream,
@@ -155,7 +151,7 @@ def build(layout: Layout, device: str, jobs: int, wheel_only: bool = False) -> P
         expected = environment.site_packages(layout) / f"vllm-{read_version().package(device)}.dist-info"
         complete = (expected / "RECORD").is_file()
         if not (complete and stamp.is_file() and stamp.read_text() == key):
-            environment.install(wheel, device, layout)
+            environment.install(wheel, layout)
             stamp.write_text(key)
     edited = json.loads(wheel_provenance(wheel))["edited"]
     if edited:

@@ -14,10 +14,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import package_index
-from fork import ROOT, ForkError, Layout, read_upstream, read_version, run_main, say, series_sha256
-
-from build import choose_device, has_nvidia_gpu
+from scripts import package_index
+from scripts.build import choose_device, has_nvidia_gpu
+from scripts.fork import ROOT, ForkError, Layout, read_upstream, read_version, run_main, say, series_sha256
 
 NAME = "uniprefill-vllm"
 ENGINES = ("docker", "podman", "buildah")

@@ -20,7 +20,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from fork import ForkError, Layout, cache_dir, run_main, say, write_if_changed
+from scripts.fork import ForkError, Layout, cache_dir, run_main, say, write_if_changed
 
 # VLLM_EXT_SRC_AVX2 of cmake/cpu_extension.cmake without dnnl_kernels.cpp, slowest first
 AVX2_SOURCES = (
@@ -246,11 +246,11 @@ def build_extension(layout: Layout, jobs: int, cache: Path | None = None) -> Pat
         data = (layout.tree / source).read_bytes()
         key = object_key(data, headers, flags, compiler_version, torch.version)
         targets[source] = objects / f"{key}.o"
-    missing = [source for source, target in targets.items() if not target.is_file()]
     stamp = hashlib.sha256("\0".join(sorted(t.name for t in targets.values())).encode()).hexdigest()
     library, stamp_file = work / f"{name}.abi3.so", work / "linked"
-    if not missing and library.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
+    if library.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
         return library
+    missing = [source for source, target in targets.items() if not target.is_file()]
 
     command = [compiler, *flags, "-Icsrc", "-Icsrc/cpu", f"-I{work / 'include'}"]
     command += [f"-isystem{folder}" for folder in (*torch.includes, include)]

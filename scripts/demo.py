@@ -7,20 +7,25 @@ to the first token and their ratio, and stops the server. Ctrl-C leaves nothing 
 from __future__ import annotations
 
 import argparse
-import http.client
-import json
+import os
 import random
-import socket
 import statistics
 import sys
 import time
-import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import serve
-from fork import ROOT, ForkError, Layout, run_main, say
+import openai
+
+from scripts import serve
+from scripts.fork import ROOT, ForkError, Layout, run_main, say
+
+# what to change, by the reason of a report
+REMEDIES = {
+    "short_prompt": "ask with more --tokens",
+    "prompt_exceeds_step": "raise --max-num-batched-tokens over the prompt's length plus --max-num-seqs",
+}
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,6 @@ class Reply:
     text: str
     first_token: float  # seconds from sending to the first text
     report: dict[str, Any] | None
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def needle_question(tokens: int, seed: int) -> Question:
@@ -67,47 +66,42 @@ def prose_question(words: int, seed: int) -> Question:
     return Question("\n".join(lines) + f"\n\nQuestion: {question}", question, answer)
 
 
-def read_stream(lines: Any, started: float, clock: Any = time.perf_counter) -> Reply:
-    """A streamed completion: its text, when the first of it came, and what was reported."""
+def make_client(address: serve.Address, api_key: str | None) -> openai.OpenAI:
+    """A client of the server; where it speaks TLS, its certificate may be signed by nobody that we know."""
+    return openai.OpenAI(
+        base_url=f"{address.url}/v1",
+        api_key=api_key or os.environ.get("VLLM_API_KEY") or "none",
+        timeout=1800,
+        max_retries=0,
+        http_client=openai.DefaultHttpxClient(verify=False),
+    )
+
+
+def ask(client: openai.OpenAI, model: str, question: Question, pruned: bool, max_tokens: int) -> Reply:
+    """Stream one completion: its text, when the first of it came, and what was reported."""
     text, first, report = "", None, None
-    for raw in lines:
-        line = raw.decode().strip()
-        if not line.startswith("data:") or line == "data: [DONE]":
-            continue
-        chunk = json.loads(line.removeprefix("data:"))
-        if "error" in chunk:
-            raise ForkError(f"The server refused the request: {chunk['error'].get('message', chunk['error'])}")
-        report = chunk.get("uniprefill") or report
-        piece = "".join(choice.get("text") or "" for choice in chunk.get("choices", []))
-        if piece and first is None:
-            first = clock() - started
-        text += piece
+    started = time.perf_counter()
+    try:
+        stream = client.completions.create(
+            model=model,
+            prompt=question.prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+            extra_body={"vllm_xargs": {"uniprefill": int(pruned), "uniprefill_report": 1}},
+        )
+        for chunk in stream:
+            for choice in chunk.choices:
+                report = (choice.model_extra or {}).get("uniprefill") or report
+            piece = "".join(choice.text or "" for choice in chunk.choices)
+            if piece and first is None:
+                first = time.perf_counter() - started
+            text += piece
+    except openai.APIError as error:
+        raise ForkError(f"The server refused the request: {error.message}") from None
     if first is None:
         raise ForkError("The server sent no token; see build/demo.log.")
     return Reply(text.strip(), first, report)
-
-
-def ask(url: str, model: str, question: Question, pruned: bool, max_tokens: int) -> Reply:
-    body = {
-        "model": model,
-        "prompt": question.prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "vllm_xargs": {"uniprefill": int(pruned), "uniprefill_report": 1},
-    }
-    parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=1800)
-    try:
-        started = time.perf_counter()
-        data = json.dumps(body).encode()
-        connection.request("POST", "/v1/completions", data, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise ForkError(f"The server answered {response.status}: {response.read().decode()[:500]}")
-        return read_stream(response, started)
-    finally:
-        connection.close()
 
 
 def bar_table(report: dict[str, Any], width: int = 40) -> str:
@@ -125,6 +119,16 @@ def bar_table(report: dict[str, Any], width: int = 40) -> str:
     return "\n".join(rows)
 
 
+def nothing_dropped(report: dict[str, Any]) -> str:
+    """Why the pruned request kept every token; empty if it did not."""
+    if report.get("outcome") != "pruned":
+        reason = report.get("reason") or "no report"
+        return f"nothing was pruned: {reason}" + (f" ({REMEDIES[reason]})" if reason in REMEDIES else "")
+    if report["segments"][-1]["tokens_in"] == report["prompt_tokens"]:
+        return "nothing was dropped: every block was needed; a smaller top_p or keep_ratio keeps less"
+    return ""
+
+
 def summary(question: Question, dense: list[Reply], pruned: list[Reply]) -> str:
     report = pruned[-1].report or {}
     times = {name: [r.first_token for r in replies] for name, replies in (("dense", dense), ("pruned", pruned))}
@@ -132,9 +136,8 @@ def summary(question: Question, dense: list[Reply], pruned: list[Reply]) -> str:
     lines = [f"\nquestion  {question.question}", f"expected  {question.answer}"]
     lines += [f"dense     {dense[-1].text}", f"pruned    {pruned[-1].text}", ""]
     if report.get("segments"):
-        lines += [f"tokens computed of {report['prompt_tokens']:,}:", bar_table(report), ""]
-    else:
-        lines += [f"nothing was pruned: {report.get('reason') or 'the server did not say why'}", ""]
+        lines += [f"tokens computed of {report['prompt_tokens']:,}:", bar_table(report)]
+    lines += [nothing_dropped(report), ""]
     lines.append("time to first token")
     for name, values in times.items():
         each = ", ".join(f"{value:.2f}" for value in values)
@@ -154,12 +157,19 @@ def main() -> int:
     if args.rounds < 1:
         raise ForkError("--rounds must be at least 1.")
 
-    model, needle = serve.choose_model(args.model)
     # dense requests would find the first one's prompt in the prefix cache
-    extra = ["--port", str(free_port()), "--no-enable-prefix-caching", *args.arguments]
+    extra = ["--port", "0", "--no-enable-prefix-caching", *args.arguments]
+    given = serve.given_options(extra)
+    if "uds" in given:
+        raise ForkError("make demo talks to its server over TCP; leave --uds out.")
+    model, needle = serve.choose_model(args.model or given.get("model"))
+    if not needle and "max-num-batched-tokens" not in given:  # it must hold the whole prompt, however many tokens it is
+        extra = ["--max-num-batched-tokens", str(2 * args.tokens), *extra]
+    address = serve.Address.of(given)
+    address.require_free()
     arguments = serve.serve_arguments(model, extra, serve.is_cpu_build(), needle)
     make = needle_question if needle else lambda tokens, seed: prose_question(int(tokens * 0.55), seed)
-    name, url = serve.option_value(arguments, "--served-model-name", model), serve.base_url(arguments)
+    name = serve.given_options(arguments).get("served-model-name", model)
     max_tokens = 4 if needle else 24
 
     log = Layout().build / "demo.log"
@@ -168,16 +178,17 @@ def main() -> int:
     pruned: list[Reply] = []
     with log.open("w") as output, serve.server([serve.vllm_program(), *arguments], output.fileno()) as process:
         try:
-            serve.wait_until_ready(process, url)
+            address = serve.wait_until_ready(process, address)
         except ForkError as error:
             tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-8:]
             raise ForkError(f"{error}\n" + "\n".join(tail)) from None
         say("ready; one request to warm up")
-        ask(url, name, make(2048, args.seed + 1), True, 1)
+        client = make_client(address, given.get("api-key"))
+        ask(client, name, make(2048, args.seed + 1), True, 1)
         question = make(args.tokens, args.seed)
         for number in range(1, args.rounds + 1):
             for replies, prune in ((dense, False), (pruned, True)):
-                replies.append(ask(url, name, question, prune, max_tokens))
+                replies.append(ask(client, name, question, prune, max_tokens))
                 kind = "pruned" if prune else "dense"
                 say(f"round {number}/{args.rounds} {kind:<6} first token after {replies[-1].first_token:.2f} s")
     print(summary(question, dense, pruned), flush=True)

@@ -1,21 +1,28 @@
-"""build/venv: the project's environment, made once and kept at what the requirements say."""
+"""build/venv: the project's environment, made once and kept at what its lock says.
+
+As a program: an environment of its own for the container image, without the tests' tools.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
-import wheels
-from fork import ForkError, Layout, say
+from scripts import lock, wheels
+from scripts.fork import ForkError, Layout, run_main, say
 
 SCRIPTS = Path(__file__).resolve().parent
+CUDA_LIBRARIES = ("cuda-", "nvidia-")
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
@@ -33,25 +40,51 @@ def run(command: list[str | Path], what: str) -> None:
         raise ForkError(f"{what} failed:\n{done.stdout[-3000:]}")
 
 
-def requirement_files(device: str, layout: Layout) -> list[Path]:
-    files = [SCRIPTS / f"requirements-{device}.txt", SCRIPTS / "requirements-dev.txt"]
-    files += [SCRIPTS / f"constraints-{device}.txt"]
-    files += [layout.tree / "requirements" / "common.txt"]
-    return [file for file in files if file.is_file()]
-
-
-def environment_key(device: str, layout: Layout) -> str:
+def environment_key(device: str) -> str:
     digest = hashlib.sha256(f"{device} {sys.version_info[:3]}".encode())
-    for file in requirement_files(device, layout):
-        digest.update(file.read_bytes())
+    digest.update(lock.path_of(device).read_bytes())
     return f"{device} {sys.version_info[0]}.{sys.version_info[1]} {digest.hexdigest()}"
+
+
+def create(venv: Path) -> None:
+    run([sys.executable, "-m", "venv", venv], f"Creating {venv} (Debian and Ubuntu: install python3-venv)")
+
+
+def torch_needs_cuda(python: Path) -> bool:
+    """Whether the torch installed there is a build that does not load without CUDA's libraries."""
+    code = "import importlib.metadata as m; print(*(line.split()[0] for line in m.requires('torch') or []))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return any(name.startswith(CUDA_LIBRARIES) for name in done.stdout.split())
+
+
+def install_lock(python: Path, device: str, tools: bool = True) -> None:
+    """Install what the lock of `device` says, hashes required, with or without the tests' tools."""
+    pins = lock.read(lock.path_of(device))
+    if not tools:
+        pins = lock.without_tools(pins)
+    # the lock is complete; and pip before 24 refuses, with hashes, a dependency that names an extra
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--require-hashes", "--no-deps", "-r"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "requirements.txt"
+        if device == "cpu":
+            (torch,) = [pin.text for pin in pins if pin.name == "torch"]
+            file.write_text(re.sub(r"^(torch==\S+)", r"\1+cpu", torch))
+            try:  # pip itself would take a file whose hash its index names over a CPU build in a folder
+                run([*pip, file], "pip install")
+            except ForkError:
+                file.write_text(torch)
+                run([*pip, file], "pip install")
+            if not torch_needs_cuda(python):
+                pins = [pin for pin in pins if not pin.name.startswith(CUDA_LIBRARIES)]
+        file.write_text("".join(pin.text for pin in pins))
+        run([*pip, file], "pip install")
 
 
 def ensure_venv(device: str, layout: Layout) -> bool:
     """Create or update build/venv; False when it was as it should be."""
     check_python()
     stamp = layout.state / "venv"
-    key = environment_key(device, layout)
+    key = environment_key(device)
     seen = stamp.read_text() if stamp.is_file() else ""
     if seen == key and layout.python.exists():
         return False
@@ -60,14 +93,10 @@ def ensure_venv(device: str, layout: Layout) -> bool:
         shutil.rmtree(layout.venv)
     if not layout.python.exists():
         say("build/venv: creating")
-        run(
-            [sys.executable, "-m", "venv", layout.venv],
-            "Creating build/venv (Debian and Ubuntu: install python3-venv)",
-        )
-    say(f"build/venv: installing the {device} requirements with pip")
+        create(layout.venv)
+    say(f"build/venv: installing scripts/{lock.path_of(device).name} with pip")
     stamp.unlink(missing_ok=True)
-    pip = [layout.python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    run([*pip, "-r", SCRIPTS / f"requirements-{device}.txt"], "pip install")
+    install_lock(layout.python, device)
     stamp.parent.mkdir(parents=True, exist_ok=True)
     stamp.write_text(key)
     return True
@@ -123,18 +152,35 @@ def sync(wheel: Path, site: Path) -> int | None:
     return len(fresh) + len(gone)
 
 
-def install(wheel: Path, device: str, layout: Layout) -> None:
+def install_wheel(wheel: Path, python: Path) -> None:
+    """Install the wheel, whose requirements the lock has brought."""
+    pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
+    run([*pip, "--force-reinstall", "--no-deps", "--no-compile", wheel], "pip install")
+
+
+def install(wheel: Path, layout: Layout) -> None:
     site = site_packages(layout)
     written = sync(wheel, site)
     if written is not None:
         say(f"build/venv: {written} file(s) of vLLM brought up to date")
         return
     say(f"build/venv: installing {wheel.name}")
-    pip = [layout.python, "-m", "pip", "install", "--disable-pip-version-check", "-q"]
-    options = ["--force-reinstall", "--no-deps", "--no-compile"]
-    if device == "cuda":  # first what it needs, by its own pins
-        constraints = SCRIPTS / "constraints-cuda.txt"
-        limit = ["-c", constraints] if constraints.is_file() else []
-        run([*pip, *limit, wheel], "pip install")
-    run([*pip, *options, wheel], "pip install")
+    install_wheel(wheel, layout.python)
     run([layout.python, "-m", "compileall", "-q", "-j", "0", site / "vllm"], "compileall")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("venv", type=Path, help="the environment to make")
+    parser.add_argument("wheel", type=Path, help="the CPU wheel to install there")
+    args = parser.parse_args()
+    check_python()
+    create(args.venv)
+    python = args.venv / "bin" / "python"
+    install_lock(python, "cpu", tools=False)
+    install_wheel(args.wheel, python)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

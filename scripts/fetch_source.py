@@ -13,8 +13,8 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import package_index
-from fork import (
+from scripts import package_index
+from scripts.fork import (
     ForkError,
     Layout,
     Upstream,

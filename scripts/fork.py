@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,15 +91,11 @@ class Upstream:
 
 
 def read_upstream(path: Path = ROOT / "UPSTREAM") -> Upstream:
-    fields: dict[str, str] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        key, colon, value = line.partition(":")
-        if not colon:
-            raise ForkError(f"{path.name}:{number}: expected 'key: value', found {line!r}.")
-        fields[key.strip().replace("-", "_")] = value.strip()
-    missing = [key for key in Upstream.__dataclass_fields__ if not fields.get(key)]
+    try:
+        fields = {key.replace("-", "_"): value for key, value in tomllib.loads(path.read_text()).items()}
+    except tomllib.TOMLDecodeError as error:
+        raise ForkError(f"{path.name} is not TOML ({error}); correct it.") from None
+    missing = [key for key in Upstream.__dataclass_fields__ if not isinstance(fields.get(key), str)]
     if missing:
         raise ForkError(f"{path.name} lacks {', '.join(m.replace('_', '-') for m in missing)}.")
     return Upstream(**{key: fields[key] for key in Upstream.__dataclass_fields__})

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-import tree
-from fetch_source import ensure_source
-from fork import ForkError, Layout, read_upstream, run_main, say
+from scripts import tree
+from scripts.fetch_source import ensure_source
+from scripts.fork import ForkError, Layout, read_upstream, run_main, say
 
 _KEEP = "`make refresh` puts them into their patches, `make discard-edits` throws them away"
+OWN = '`make refresh ARGS="--add-to NAME.patch"` gives them to a patch'
 
 
 def refuse_to_lose(layout: Layout, working: tree.Steps, wanted: dict[str, str | None]) -> None:
@@ -33,8 +34,7 @@ def warn_unpatched(layout: Layout, known: set[str]) -> list[str]:
     if stray:
         say(
             f"note: {len(stray)} file(s) of build/tree differ from the release and belong to no "
-            f"patch ({', '.join(stray[:5])}{', …' if len(stray) > 5 else ''}): kept as they are; "
-            "`quilt new NAME.patch`, `quilt add FILE`, `make refresh` give them one."
+            f"patch ({', '.join(stray[:5])}{', …' if len(stray) > 5 else ''}): kept as they are; {OWN}."
         )
     return stray
 
@@ -44,6 +44,9 @@ def make_tree(layout: Layout, discard: bool = False) -> bool:
     ensure_source(layout, read_upstream(layout.root / "UPSTREAM"))
     patches = tree.load_series(layout)
     names = [patch.name for patch in patches]
+    if discard:
+        for path in unsaved_edits(layout):
+            say(f"thrown away: {path}")
     if discard or not (layout.tree / ".pc").is_dir():
         tree.copy_pristine(layout)
     elif tree.recorded_is_current(layout, names):

@@ -15,8 +15,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import wheels
-from fork import ForkError, read_upstream, read_version, run_main, say
+from scripts import wheels
+from scripts.fork import ForkError, read_upstream, read_version, run_main, say
 
 VERSION_FILE = "vllm/_version.py"
 

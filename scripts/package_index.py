@@ -18,7 +18,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from fork import ForkError, say
+from scripts.fork import ForkError, say
 
 _ASK_PIP_FOR_ITS_DEFAULT = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
 

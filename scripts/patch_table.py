@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tree
-from fork import Layout, read_series, write_if_changed
+from scripts import tree
+from scripts.fork import Layout, read_series, write_if_changed
 
 _INTRO = """\
 # The series

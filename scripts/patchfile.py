@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fork import ForkError
+from scripts.fork import ForkError
 
 _HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@(.*)")
 _FIELD = re.compile(r"([A-Z][A-Za-z-]+):(?: (.*))?$")

@@ -16,11 +16,9 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import package_index
-import patchfile
-import tree
-from fetch_source import extract, named_commit
-from fork import ForkError, Layout, run_main, say, sha256_file
+from scripts import package_index, patchfile, tree
+from scripts.fetch_source import extract, named_commit
+from scripts.fork import ForkError, Layout, run_main, say, sha256_file
 
 CLEAN, OFFSET, UPSTREAM, CONFLICT = "clean", "offset", "already upstream", "conflict"
 

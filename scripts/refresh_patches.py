@@ -2,16 +2,16 @@
 
 The same bytes that `quilt refresh` writes with scripts/quiltrc, for every applied patch at
 once and without quilt; running it again changes nothing. Regenerates patches/README.md.
+Ends with status 1 where the tree holds edits that no patch owns.
 """
 
 from __future__ import annotations
 
 import argparse
 
-import patch_table
-import patchfile
-import tree
-from fork import ForkError, Layout, read_series, run_main, say, write_if_changed
+from scripts import patch_table, patchfile, tree
+from scripts.fork import ForkError, Layout, read_series, run_main, say, write_if_changed
+from scripts.make_tree import OWN
 
 
 def header_of(layout: Layout, name: str) -> str:
@@ -75,15 +75,36 @@ def refresh(layout: Layout) -> list[str]:
     return changed
 
 
+def unowned(layout: Layout) -> list[str]:
+    """Files of the tree that differ from the release and belong to no applied patch."""
+    return tree.unpatched_edits(layout, set(tree.working_steps(layout).first))
+
+
+def add_to(layout: Layout, name: str) -> list[str]:
+    """Give every unowned file to an applied patch, as `quilt add` before the edit would have; the files."""
+    if name not in tree.applied_names(layout):
+        raise ForkError(f"{name} is not applied to build/tree; name one of `quilt applied`, or `quilt new {name}`.")
+    files = unowned(layout)
+    for path in files:
+        tree.write_file(layout.tree / ".pc" / name / path, tree.read_text(layout.pristine / path) or "")
+    return files
+
+
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add-to", metavar="PATCH", help="give the files that no patch owns to this one")
+    args = parser.parse_args()
     layout = Layout()
+    for path in add_to(layout, args.add_to) if args.add_to else ():
+        say(f"{path}: now of {args.add_to}")
     changed = refresh(layout)
     for name in changed:
         say(f"refreshed {name}")
     left = len(read_series(layout.series)) - len(tree.applied_names(layout))
     note = f"; {left} not applied, left as they are" if left else ""
     say(f"{len(changed)} of {len(tree.applied_names(layout))} patches changed{note}")
+    if stray := unowned(layout):
+        raise ForkError(f"build/tree holds edits that no patch owns: {', '.join(stray)}; {OWN}.")
     return 0
 
 

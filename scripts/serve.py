@@ -1,26 +1,31 @@
 """Serve a model with UniPrefill on: `vllm serve` of build/venv, and a word when it is ready.
 
 Without --model it serves the needle model of this repository. What follows `--` goes to
-`vllm serve` as it is and wins over what is set here.
+`vllm serve` as it is and wins over what is set here, and so does a file that it names by --config.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fork import ROOT, ForkError, run_main, say
+import psutil
+import yaml
+
+from scripts.fork import ROOT, ForkError, run_main, say
 
 NEEDLE_MODEL = ROOT / "evals" / "needle" / "model"
 UNIPREFILL = {"top_p": 0.99}
@@ -35,21 +40,23 @@ NEEDLE_OPTIONS = {
 NEEDLE_CPU_OPTIONS = {"--kv-cache-memory-bytes": "1G"}
 
 
-def has_option(arguments: Sequence[str], option: str) -> bool:
-    """Whether the user gave the option (vLLM takes - and _ alike, and --option=value)."""
+def given_options(arguments: Sequence[str]) -> dict[str, str]:
+    """What the user set, by name without dashes, on the command line or, weaker, in the file of --config.
 
-    def plain(text: str) -> str:
-        return text.split("=")[0].replace("_", "-")
-
-    return any(plain(argument) == option for argument in arguments)
-
-
-def option_value(arguments: Sequence[str], option: str, default: str) -> str:
-    for i, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name.replace("_", "-") == option:
-            return value if equals else (arguments[i + 1] if i + 1 < len(arguments) else default)
-    return default
+    vLLM takes - and _ alike, --option=value and, for JSON, --option.key value. Of several values the first is given.
+    """
+    given: dict[str, str] = {}
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            value = value if equals else "" if following.startswith("--") else following
+            given[name.partition(".")[0].replace("_", "-")] = value
+    with contextlib.suppress(OSError, yaml.YAMLError):  # vLLM says what is wrong with the file
+        stored = yaml.safe_load(Path(given["config"]).read_text()) if given.get("config") else {}
+        for name, value in (stored if isinstance(stored, dict) else {}).items():
+            first = value[0] if isinstance(value, list) and value else value
+            given.setdefault(str(name).replace("_", "-"), str(first))
+    return given
 
 
 def serve_arguments(model: str, extra: Sequence[str], cpu: bool, needle: bool) -> list[str]:
@@ -60,9 +67,10 @@ def serve_arguments(model: str, extra: Sequence[str], cpu: bool, needle: bool) -
         wanted["--enforce-eager"] = None
         if cpu:
             wanted |= NEEDLE_CPU_OPTIONS
+    given = given_options(extra)
     arguments = ["serve", model]
     for option, value in wanted.items():
-        if not has_option(extra, option):
+        if option.removeprefix("--") not in given:
             arguments += [option] if value is None else [option, value]
     return arguments + list(extra)
 
@@ -76,9 +84,50 @@ def choose_model(model: str | None) -> tuple[str, bool]:
     return str(NEEDLE_MODEL), True
 
 
-def base_url(extra: Sequence[str]) -> str:
-    host = option_value(extra, "--host", "127.0.0.1")
-    return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{option_value(extra, '--port', '8000')}"
+@dataclass(frozen=True)
+class Address:
+    """Where a server is to listen: on a Unix socket, or on a port of a host (0: any free one)."""
+
+    host: str = ""
+    port: int = 8000
+    tls: bool = False
+    uds: str = ""
+
+    @classmethod
+    def of(cls, given: Mapping[str, str]) -> Address:
+        """As `vllm serve` reads it from what the user set."""
+        port = given.get("port", "8000")
+        if not port.isdecimal() or int(port) > 65535:
+            raise ForkError(f"--port must be a number from 0 to 65535, not {port!r}.")
+        tls = bool(given.get("ssl-keyfile") and given.get("ssl-certfile"))
+        return cls(given.get("host", ""), int(port), tls, given.get("uds", ""))
+
+    @property
+    def url(self) -> str:
+        """For a client on this machine."""
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = "localhost" if self.uds else f"[{host}]" if ":" in host else host
+        return f"http{'s' if self.tls else ''}://{host}" + ("" if self.uds else f":{self.port}")
+
+    @property
+    def curl(self) -> str:
+        """The command that reaches it; our user's certificate may be signed by nobody that curl knows."""
+        return "curl" + (" -k" if self.tls else "") + (f" --unix-socket {shlex.quote(self.uds)}" if self.uds else "")
+
+    def require_free(self) -> None:
+        """Raise ForkError if another program listens there, as `vllm serve` would only in a traceback."""
+        if self.uds:
+            if os.path.lexists(self.uds):
+                raise ForkError(f"{self.uds} exists; stop the server that listens there or remove the file.")
+            return
+        with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.host, self.port))
+            except OSError as error:
+                raise ForkError(
+                    f"The server cannot listen on port {self.port} ({error.strerror}); choose another with --port."
+                ) from None
 
 
 @contextlib.contextmanager
@@ -102,15 +151,13 @@ def server(command: Sequence[str], output: int | None = None) -> Iterator[subpro
             signal.signal(number, handler)
 
 
-def session_members(session: int) -> list[int]:
+def session_members(session: int) -> list[psutil.Process]:
     """Processes of the session, whatever process group they moved to."""
     members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[3]) == session and fields[0] != "Z":
-                    members.append(int(entry.name))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process)
     return members
 
 
@@ -121,9 +168,10 @@ def stop_session(process: subprocess.Popen, patience: tuple[float, float] = (15,
         members = session_members(process.pid)
         if not members:
             break
-        for pid in members if everyone else [process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        for member in members:
+            if everyone or member.pid == process.pid:
+                with contextlib.suppress(psutil.Error):
+                    member.send_signal(number)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and session_members(process.pid):
             process.poll()
@@ -132,33 +180,54 @@ def stop_session(process: subprocess.Popen, patience: tuple[float, float] = (15,
         process.wait(1)
 
 
-def wait_until_ready(process: subprocess.Popen, url: str, seconds: float = 1800) -> None:
-    """Until /health answers; a server that ends first is an error."""
+def listening(process: subprocess.Popen, address: Address) -> Address | None:
+    """Where the server's processes listen, if that is the address; port 0 becomes the real one."""
+    for member in session_members(process.pid):
+        if address.port == 0 and member.pid != process.pid:
+            continue  # its workers listen for each other
+        with contextlib.suppress(psutil.Error):
+            for found in member.net_connections("unix" if address.uds else "tcp"):
+                if address.uds and found.laddr == address.uds:
+                    return address
+                if found.status == psutil.CONN_LISTEN and address.port in (0, found.laddr.port):
+                    return replace(address, port=found.laddr.port)
+    return None
+
+
+def wait_until_ready(process: subprocess.Popen, address: Address, seconds: float = math.inf) -> Address:
+    """Until the server listens, which it does once its engine runs; where it does.
+
+    Raises:
+        ForkError: if it ends first, or the time is over.
+
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ForkError(f"vllm serve ended with status {process.returncode}; its last lines say why.")
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            urllib.request.urlopen(f"{url}/health", timeout=5).close()
-            return
+        if found := listening(process, address):
+            return found
         time.sleep(0.5)
     raise ForkError(f"The server was not ready after {seconds:.0f} seconds.")
 
 
-def ready_text(url: str, name: str) -> str:
-    body = json.dumps(
-        {
-            "model": name,
-            "prompt": "…",
-            "max_tokens": 16,
-            "vllm_xargs": {"uniprefill": 1, "uniprefill_report": 1},
-        },
-        ensure_ascii=False,
-    )
+def ready_text(address: Address, name: str, needle: bool) -> str:
+    """What to do now: a request whose prompt is long enough to be pruned, as a line for the shell."""
+    if needle:
+        program = os.path.relpath(ROOT / "evals" / "needle" / "prompts.py")
+        prompt = f"python3 {shlex.quote(program)} --num-tokens 16000 --request {shlex.quote(name)}"
+    else:
+        code = (
+            "import json; text = 'The grass is green and the sky is blue. ' * 75; print(json.dumps("
+            f"dict(model={name!r}, prompt=text + 'The password is lighthouse. ' + text + 'The password is', "
+            "max_tokens=8, temperature=0, vllm_xargs=dict(uniprefill_report=1))))"
+        )
+        prompt = f"python3 -c {shlex.quote(code)}"
     return (
-        f"\nReady: {name} with UniPrefill on, at {url} (Ctrl-C stops it). Send it a request:\n"
-        f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
-        '"uniprefill": 0 prefills this request densely; prompts under 1024 tokens always are.\n'
+        f"\nReady: {name} with UniPrefill on, at {address.uds or address.url} (Ctrl-C stops it).\n"
+        "Send it a long prompt; the answer says what was kept of it:\n"
+        f"  {prompt} | {address.curl} {address.url}/v1/completions -H 'Content-Type: application/json' -d @-\n"
+        '"vllm_xargs": {"uniprefill": 0} prefills a request densely; prompts under 1024 tokens always are.\n'
     )
 
 
@@ -177,13 +246,16 @@ def main() -> int:
     parser.add_argument("--model", help="a path or a hub name; default: the needle model")
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="passed on to vllm serve")
     args = parser.parse_args()
-    model, needle = choose_model(args.model)
+    given = given_options(args.arguments)
+    model, needle = choose_model(args.model or given.get("model"))
+    address = Address.of(given)
+    address.require_free()
     arguments = serve_arguments(model, args.arguments, is_cpu_build(), needle)
     say(f"vllm {shlex.join(arguments)}")
-    url = base_url(arguments)
     with server([vllm_program(), *arguments]) as process:
-        wait_until_ready(process, url)
-        print(ready_text(url, option_value(arguments, "--served-model-name", model)), flush=True)
+        address = wait_until_ready(process, address)
+        name = given_options(arguments).get("served-model-name", model)
+        print(ready_text(address, name, needle), flush=True)
         return process.wait()
 
 

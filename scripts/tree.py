@@ -13,8 +13,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import patchfile
-from fork import ForkError, Layout, read_series, write_if_changed
+from scripts import patchfile
+from scripts.fork import ForkError, Layout, read_series, write_if_changed
 
 # what running or testing leaves in a tree
 _LITTER_FOLDERS = {"__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", ".pc", "vllm.egg-info"}

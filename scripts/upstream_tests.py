@@ -19,9 +19,8 @@ import xml.etree.ElementTree as ElementTree
 import zipfile
 from pathlib import Path
 
-import tree
-import wheels
-from fork import ForkError, Layout, read_series, read_upstream, read_version, run_main, say
+from scripts import tree, wheels
+from scripts.fork import ForkError, Layout, read_series, read_upstream, read_version, run_main, say
 
 # group -> (pytest options, paths below tests/)
 GROUPS: dict[str, tuple[list[str], list[str]]] = {

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from fork import ForkError
+from scripts.fork import ForkError
 
 NAME = "vllm"
 PROVENANCE = "uniprefill.json"

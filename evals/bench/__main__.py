@@ -33,8 +33,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fork import ROOT, ForkError, run_main, say
-
 from evals.bench import decode, kernels, parts, report, traffic
 from evals.bench.arithmetic import ModelShape
 from evals.bench.engine import (
@@ -49,6 +47,7 @@ from evals.bench.expectations import PARTS, expectations, not_measured
 from evals.bench.shapes import SHAPES, Prompts, Shape, model_folder
 from evals.needle.prompts import MAX_TOKENS
 from evals.provenance import provenance
+from scripts.fork import ROOT, ForkError, run_main, say
 
 IN_PROCESS = ("ttft", "efficiency", "breakdown")
 TRAFFIC = ("concurrency", "poisson")

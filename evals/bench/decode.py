@@ -13,10 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fork import ForkError, Layout, say
-from upstream_tests import make_release
-
 from evals.bench.arithmetic import size_label, spread, within_spread
+from scripts.fork import ForkError, Layout, say
+from scripts.upstream_tests import make_release
 
 WORKER = Path(__file__).with_name("decode_worker.py")
 CONTEXTS = (1024, 8192)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fork import say
-
 from evals.bench.arithmetic import ModelShape, compare, selection_floor, size_label, spread
+from scripts.fork import say
 
 if TYPE_CHECKING:
     import torch

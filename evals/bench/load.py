@@ -27,7 +27,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from fork import ROOT, ForkError, run_main, say
 
 from evals.bench import load_report
 from evals.bench.arithmetic import spread
@@ -46,6 +45,7 @@ from evals.needle.prompts import (
     starts_with_answer,
 )
 from evals.provenance import provenance
+from scripts.fork import ROOT, ForkError, run_main, say
 
 SHORT_TOKENS = 200
 NEW_TOKENS = 64

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fork import say
-
 from evals.bench.arithmetic import (
     ModelShape,
     compare,
@@ -31,6 +29,7 @@ from evals.bench.engine import (
     segment_runner_of,
 )
 from evals.bench.shapes import Prompts
+from scripts.fork import say
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from fork import say
-
 from evals.bench.arithmetic import compare, size_label, spread
 from evals.bench.engine import DENSE, Variant
 from evals.bench.parts import Bench
+from scripts.fork import say
 
 if TYPE_CHECKING:
     from vllm import LLM

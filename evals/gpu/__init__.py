@@ -2,5 +2,3 @@
 
 `pack` makes the pieces, `install` joins them there, `python -m evals.gpu` (`make bench-gpu`) runs.
 """
-
-import evals.provenance  # noqa: F401  puts scripts/ on the path

@@ -30,7 +30,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fork import ROOT, run_main, say
+from scripts.fork import ROOT, run_main, say
 
 SECONDS = 455  # of the 8 minutes; the rest is for starting and writing
 STOCK = Path("/tmp/uniprefill/stock")  # where install.py puts the release

@@ -24,13 +24,13 @@ import vllm  # noqa: F401  before torch: on a CPU it chooses Triton's interprete
 
 # isort: split
 import torch
-from fork import run_main, say
 from vllm.v1.uniprefill import selection_kernels
 from vllm.v1.uniprefill.selection import SelectionSpec, select_blocks
 from vllm.v1.uniprefill.selection_kernels import block_mass_triton
 from vllm.v1.worker.gpu.uniprefill.state import SegmentState
 
 from evals.gpu.guards import GuardedAllocations, Guards
+from scripts.fork import run_main, say
 
 TOLERANCE = 1e-3  # relative, of norms: 16-bit products are exact in fp32, sums are not
 BLOCK_SIZE, SINK, RECENT = 64, 128, 128

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fork import run_main, say
-
 from evals.bench.decode import GPU_COMPILATION
 from evals.bench.engine import (
     DENSE,
@@ -27,6 +25,7 @@ from evals.bench.engine import (
     prepare_environment,
 )
 from evals.bench.shapes import NEEDLE_MODEL, Prompts
+from scripts.fork import run_main, say
 
 NEW_TOKENS = 24
 CUTS = [1, 3, 5]

@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import wheels
-from fork import ROOT, ForkError, Layout, read_upstream, read_version, run_main, say, sha256_file
+from scripts import wheels
+from scripts.fork import ROOT, ForkError, Layout, read_upstream, read_version, run_main, say, sha256_file
 
 IMAGE = Path(__file__).with_name("image.json")
 CARRIED_MIB = 64  # what one call may carry, the working tree included
@@ -294,8 +294,8 @@ def text(data: bytes | None) -> str | None:
 
 def cuda_wheel(layout: Layout) -> tuple[Path, Path]:
     """The patched wheel as `make wheel DEVICE=cuda` leaves it, and the release's own."""
-    command = [sys.executable, str(layout.root / "scripts" / "build.py"), "--wheel-only", "--device", "cuda"]
-    if subprocess.run(command).returncode:
+    command = [sys.executable, "-m", "scripts.build", "--wheel-only", "--device", "cuda"]
+    if subprocess.run(command, cwd=layout.root).returncode:
         raise ForkError("The CUDA wheel could not be built; run `make wheel DEVICE=cuda`.")
     upstream, version = read_upstream(), read_version()
     ours = layout.wheels / f"vllm-{version.package('cuda')}-{wheels.split_name(upstream.wheel)[1]}.whl"

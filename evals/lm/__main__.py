@@ -25,11 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fork import ROOT, ForkError, run_main, say
-from serve import NEEDLE_MODEL, serve_arguments, server, vllm_program, wait_until_ready
-
 from evals.bench.arithmetic import ModelShape
 from evals.provenance import package_problem, provenance
+from scripts.fork import ROOT, ForkError, run_main, say
+from scripts.serve import NEEDLE_MODEL, serve_arguments, server, vllm_program, wait_until_ready
 
 RECORDS = ROOT / "build" / "evals"
 LENGTHS = (4096, 8192, 16384)

@@ -17,10 +17,11 @@ from typing import Any
 
 import aiohttp
 import requests
-from fork import ForkError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+from scripts.fork import ForkError
 
 REQUEST_SECONDS = 3600
 REPORT = {"uniprefill_report": 1}
@@ -130,11 +131,11 @@ class ApiLM(LocalCompletionsAPI):
     def parse_generations(outputs: Any, **kwargs: Any) -> list[str]:
         texts = []
         for output in outputs if isinstance(outputs, list) else [outputs]:
-            if "uniprefill" not in output:
-                raise ForkError("The server sends no UniPrefill report; start it from this repository's package.")
             for choice in sorted(output["choices"], key=lambda choice: choice["index"]):
+                if "uniprefill" not in choice:
+                    raise ForkError("The server sends no UniPrefill report; start it from this repository's package.")
                 texts.append(ReportedText(choice["text"]))
-                texts[-1].report = output["uniprefill"]
+                texts[-1].report = choice["uniprefill"]
         return texts
 
 
@@ -210,7 +211,8 @@ class ApiBackend(Backend):
                     if not line.startswith(b"data: {"):
                         continue
                     seconds = seconds or time.perf_counter() - started
-                    report = json.loads(line.removeprefix(b"data: ")).get("uniprefill", report)
+                    [choice] = json.loads(line.removeprefix(b"data: "))["choices"]
+                    report = choice.get("uniprefill", report)
         except urllib.error.HTTPError as error:
             raise ForkError(f"{self.base_url} refused a request: {error.read().decode(errors='replace')}") from None
         if report is None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fork import ForkError, sha256_file
+from scripts.fork import ForkError, sha256_file
 
 HASHED_SIZE = 64 << 20  # of greater files only the size counts
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fork import ForkError, say
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
@@ -15,6 +14,7 @@ from lm_eval.evaluator import evaluate
 from evals.lm.arithmetic import make_row
 from evals.lm.backends import Backend, Completion
 from evals.lm.records import Records
+from scripts.fork import ForkError, say
 
 UNKNOWN_SHARE = 0.5  # of a prompt's tokens; with more the model cannot read it
 

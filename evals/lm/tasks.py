@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fork import ForkError
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
+
+from scripts.fork import ForkError
 
 FOLDER = Path(__file__).resolve().parent.parent / "tasks"
 LOGPROB_TYPES = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")

@@ -22,6 +22,8 @@ from evals.needle import prompts as P
 from evals.needle.model import ModelConfig, NeedleModel
 
 MAX_DIFFERENCE = 1e-3
+# the messages' texts as one prompt; the word in front that the tokenizer gives a completion's prompt
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %} {{ message.content }}{% endfor %}"
 LAYER_NAMES = {
     "attention_norm": "input_layernorm.weight",
     "mlp_norm": "post_attention_layernorm.weight",
@@ -87,7 +89,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", P.BOS_ID)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-        model_max_length=P.MAX_TOKENS, clean_up_tokenization_spaces=False,
+        model_max_length=P.MAX_TOKENS, clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def export(weights: dict[str, torch.Tensor], config: ModelConfig, out: Path) -> 
     write_json(out / "config.json", hugging_face_config(config))
     generation = {"bos_token_id": P.BOS_ID, "eos_token_id": [P.EOS_ID, P.DOT_ID], "pad_token_id": P.PAD_ID}
     write_json(out / "generation_config.json", generation | {"do_sample": False})
-    make_tokenizer().save_pretrained(out)
+    make_tokenizer().save_pretrained(out, save_jinja_files=False)
 
 
 @torch.no_grad()

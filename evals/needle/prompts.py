@@ -234,10 +234,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-tokens", type=int, default=1024, help="length in tokens, <bos> included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--depth", type=float, help="where the needle is, 0 to 1 (single only)")
-    parser.add_argument("--text", action="store_true", help="print only the prompt's text")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--text", action="store_true", help="print only the prompt's text")
+    form.add_argument("--request", metavar="MODEL", help="print a completion request that asks what was kept")
     args = parser.parse_args(argv)
     prompt = make_prompt(args.task, args.num_tokens, args.seed, depth=args.depth)
-    print(prompt.text if args.text else json.dumps(asdict(prompt), indent=2))
+    if args.request:
+        body = {"model": args.request, "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
+        print(json.dumps(body | {"vllm_xargs": {"uniprefill_report": 1}}))
+    else:
+        print(prompt.text if args.text else json.dumps(asdict(prompt), indent=2))
     return 0
 
 

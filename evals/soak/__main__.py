@@ -1,6 +1,6 @@
 """Soak the server for some minutes, and write what came of it; exit status 1 if anything was wrong.
 
-build/venv/bin/python -m evals.soak --minutes 30
+build/venv/bin/python -m evals.soak --minutes 30 --output evals/results/soak
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fork import ROOT, run_main, say
-
 from evals.provenance import provenance
 from evals.soak.driver import GROWTH_MIB, OPTIONS, problems, soak
 from evals.soak.watch import growth
+from scripts.fork import ROOT, run_main, say
 
 
 def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], command: str) -> str:
@@ -65,7 +64,7 @@ def markdown(result: dict[str, Any], found: list[str], origin: dict[str, Any], c
             *quarters,
             "",
             "## SIGTERM under load",
-            f"{stop['running_before']:.0f} requests generated tokens and two were prefilled; exit code "
+            f"{stop['running_before']:.0f} of {sum(stop['clients'].values())} requests ran; exit code "
             f"{stop['exit_code']} and every process gone after {stop['seconds']:.1f} s; left running: "
             f"{', '.join(stop['left_running']) or 'none'}. "
             f"Their clients got: {', '.join(f'{name} ({count})' for name, count in sorted(stop['clients'].items()))}.",
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--minutes", type=float, default=30, help="of traffic (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the traffic (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=ROOT / "evals" / "results" / "soak", help="without suffix")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "results" / "soak", help="without suffix")
     args = parser.parse_args(argv)
     origin = provenance()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:

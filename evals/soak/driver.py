@@ -9,9 +9,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from evals.live_server import CHAT_TEMPLATE, LiveServer, live_server
+from evals.live_server import LiveServer, live_server
 from evals.needle.prompts import make_prompt
-from evals.soak.traffic import COMPLETIONS, CROWD_CLIENTS, TASK, VARIANTS, Traffic, make_questions
+from evals.soak.traffic import COMPLETIONS, CROWD_CLIENTS, TASK, VARIANTS, Traffic, chunks, make_questions
 from evals.soak.watch import Memory, growth, open_files, processes_of, settle, stop
 
 MAX_MODEL_LEN = 8192
@@ -23,9 +23,8 @@ OPTIONS: dict[str, str | None] = {
     "--block-size": "32",
     "--kv-cache-memory-bytes": "34M",  # 8,704 tokens: a few long requests fill it, so some are preempted
     "--enable-scale-out": None,  # has the route that aborts requests
-    "--chat-template": CHAT_TEMPLATE,
     # By default the release kills its engine at once, and its HTTP server then waits for clients that nobody answers.
-    "--shutdown-timeout": "60",
+    "--shutdown-timeout": "600",
 }
 # What else would look like a leak, of the release too: glibc keeps freed tensors in its heap, and oneDNN the code of
 # 1,024 matrix products, one for each number of rows that it has seen (half a GB until that is full).
@@ -39,10 +38,11 @@ ENVIRONMENT = {
 # Most that the resident memory of all processes together may grow after the warm-up, in MiB.
 GROWTH_MIB = 16.0
 MORE_FILES = 16  # connections that the server has not closed yet
-SETTLE_SECONDS = 30.0
-STOP_SECONDS = 60.0
-STOP_REQUESTS = 12
-STOP_TOKENS = 100  # that each of them generates
+# Longer is a hang, however busy the machine.
+SETTLE_SECONDS = 120.0
+STOP_SECONDS = 660.0
+STOP_LENGTHS = (*[300] * 12, 3000, 3000)  # prompt tokens of the requests under way when the server is stopped
+STOP_TOKENS = 300  # that each of them generates
 
 
 def soak(seconds: float, log: Path, *, seed: int = 0, questions: int = 18) -> dict[str, Any]:
@@ -102,38 +102,40 @@ async def run(server: LiveServer, seconds: float, seed: int, count: int) -> dict
 
 
 async def stop_under_load(server: LiveServer) -> dict[str, Any]:
-    """SIGTERM while tokens are generated and long prompts are prefilled; what became of both sides.
+    """SIGTERM while requests are under way; what became of both sides.
 
-    The server has --shutdown-timeout, so what runs is to be answered to its end.
+    The server has --shutdown-timeout, so what its engine has is to be answered to its end. What the engine gets after
+    the signal the release refuses, so the signal waits for the engine to have all.
     """
     async with Traffic(server.url, [], 0) as traffic:
-        streaming = asyncio.Semaphore(0)
 
         async def client(tokens: int, number: int) -> str:
-            prompt = make_prompt(TASK, tokens, number)
-            body = traffic.body(prompt, VARIANTS["pruned"], STOP_TOKENS) | {"stream": True, "ignore_eos": True}
+            body = traffic.body(make_prompt(TASK, tokens, number), VARIANTS["pruned"], STOP_TOKENS) | {"stream": True}
+            reason = None
             try:
                 async with traffic.session.post(COMPLETIONS, json=body) as response:
-                    await response.content.readline()
-                    streaming.release()
-                    whole = (await response.read()).rstrip().endswith(b"data: [DONE]")
-                    return "whole answer" if response.status == 200 and whole else f"HTTP {response.status}, cut off"
+                    async for chunk in chunks(response):
+                        reason = chunk["choices"][0]["finish_reason"]
             except Exception as error:  # whatever way the connection ends
-                return type(error).__name__
+                return f"{type(error).__name__}: {error}"[:200]
+            return "whole answer" if reason == "length" else f"ended by {reason}"
 
-        clients = [asyncio.create_task(client(300, number)) for number in range(STOP_REQUESTS)]
-        for _ in clients:
-            await asyncio.wait_for(streaming.acquire(), SETTLE_SECONDS)
-        running = (await asyncio.to_thread(server.metrics)).total("vllm:num_requests_running")
-        clients += [asyncio.create_task(client(3000, number)) for number in range(2)]
-        await asyncio.sleep(0.1)
+        before = await asyncio.to_thread(server.metrics)
+        clients = [asyncio.create_task(client(tokens, number)) for number, tokens in enumerate(STOP_LENGTHS)]
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline:
+            now = await asyncio.to_thread(server.metrics)
+            running, waiting = (now.total(f"vllm:num_requests_{state}") for state in ("running", "waiting"))
+            ended = now.total("vllm:request_success_total") - before.total("vllm:request_success_total")
+            if running + waiting + ended >= len(clients):
+                break
         result = await asyncio.to_thread(stop, server, STOP_SECONDS)
-        _, waiting = await asyncio.wait(clients, timeout=5)
-        for task in waiting:
+        _, open_ended = await asyncio.wait(clients, timeout=SETTLE_SECONDS)
+        for task in open_ended:
             task.cancel()
     return result | {
         "running_before": running,
-        "clients": dict(Counter("no end" if task in waiting else task.result() for task in clients)),
+        "clients": dict(Counter("no end" if task in open_ended else task.result() for task in clients)),
     }
 
 

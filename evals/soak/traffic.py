@@ -170,8 +170,9 @@ class Traffic:
         async with self.session.post(COMPLETIONS, json=body) as response:
             text, reports = "", []
             async for chunk in chunks(response):
-                text += chunk["choices"][0]["text"]
-                reports += [chunk["uniprefill"]] if "uniprefill" in chunk else []
+                choice = chunk["choices"][0]
+                text += choice["text"]
+                reports += [choice["uniprefill"]] if "uniprefill" in choice else []
         self.check(question, variant, text)
         pruned = variant != "dense" and question.num_tokens >= 1024
         if [report["outcome"] for report in reports] != ["pruned" if pruned else "dense"]:

@@ -15,10 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import fork  # noqa: E402
-import wheels  # noqa: E402
-
 from evals.gpu import install, pack  # noqa: E402
+from scripts import fork, wheels  # noqa: E402
 
 VERSION, RELEASE = "9.9.9+uniprefill.1", "9.9.9"
 FA2 = "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so"

@@ -23,7 +23,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import vllm  # noqa: E402  before torch: on a CPU it chooses Triton's interpreter
-from fork import ForkError  # noqa: E402
 from lm_eval import tasks as harness_tasks  # noqa: E402
 
 from evals.lm import arithmetic, report  # noqa: E402
@@ -32,6 +31,7 @@ from evals.lm.records import open_records  # noqa: E402
 from evals.lm.tasks import Tasks, leaves  # noqa: E402
 from evals.needle.prompts import is_correct, make_prompt  # noqa: E402
 from evals.tasks.generators.datasets import NEEDLE_ANSWER_TOKENS, documents  # noqa: E402
+from scripts.fork import ForkError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 HARNESS = Path(harness_tasks.__file__).parent
@@ -293,7 +293,7 @@ class Handler(BaseHTTPRequestHandler):
             "segments": [{"tokens_in": k, "tokens_kept": k} for k in alive],
         }
         text = "wrong" if pruned and i % 2 else f"{answer} ."
-        answered = {"choices": [{"index": 0, "text": text, "finish_reason": "length"}], "uniprefill": said}
+        answered = {"choices": [{"index": 0, "text": text, "finish_reason": "length", "uniprefill": said}]}
         if body.get("stream"):
             time.sleep(0.04 if pruned else 0.2)
             self.reply(f"data: {json.dumps(answered)}\n\ndata: [DONE]\n\n".encode(), "text/event-stream")

@@ -63,7 +63,7 @@ def test_a_good_soak_has_no_problem() -> None:
         (("tracebacks",), 2, "2 tracebacks"),
         (("stop", "exit_code"), None, "exit code None"),
         (("stop", "left_running"), ["worker"], "worker"),
-        (("stop", "clients"), {"whole answer": 9, "HTTP 500, cut off": 3}, "3 clients"),
+        (("stop", "clients"), {"whole answer": 9, "RuntimeError: HTTP 500": 3}, "3 clients"),
         (("stop", "running_before"), 0.0, "Nothing ran"),
         (("most_at_once",), 99, "99"),
         (("questions", "answered alone"), 10, "10 of 18"),

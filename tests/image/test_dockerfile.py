@@ -12,9 +12,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import build_image
-import fork
 import pytest
+
+from scripts import build_image, fork
 
 ROOT = fork.ROOT
 TEXT = (ROOT / build_image.DOCKERFILE).read_text()
@@ -128,7 +128,7 @@ def test_the_entrypoint_is_vllm_serve_with_our_flag(tmp_path, setting, arguments
 
 def test_it_builds_with_the_scripts_of_make_build():
     makefile = (ROOT / "Makefile").read_text()
-    assert "$(RUN)/build.py --wheel-only $(DEVICE_OPTION)" in re.search(r"^wheel:.*\n(.*)", makefile, re.MULTILINE)[1]
+    assert "$(RUN).build --wheel-only $(DEVICE_OPTION)" in re.search(r"^wheel:.*\n(.*)", makefile, re.MULTILINE)[1]
     for target in ("cpu", "cuda"):
         assert any(text.endswith(f"make wheel DEVICE={target}") for text in read(f"build-{target}", "RUN"))
 
@@ -142,7 +142,7 @@ def test_without_its_arguments_the_build_stops_with_a_sentence():
 
 
 def test_secrets_reach_every_step_that_downloads_packages_and_no_layer():
-    steps = [text for stage in STAGES for text in read(stage, "RUN") if re.search(r"pip install|make wheel", text)]
+    steps = [text for stage in STAGES for text in read(stage, "RUN") if re.search(r"scripts\.environment|make wheel", text)]
     assert len(steps) >= 3
     for text in steps:
         assert "--mount=type=secret,id=pip.conf,target=/etc/pip.conf " in text
@@ -221,8 +221,9 @@ def test_the_health_check_passes_where_health_answers(healthcheck, monkeypatch, 
 
 
 def run_build_image(path, *arguments):
-    command = [sys.executable, ROOT / "scripts" / "build_image.py", *arguments]
-    return subprocess.run(command, env={"PATH": str(path), "HOME": str(path)}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "scripts.build_image", *arguments]
+    environment = {"PATH": str(path), "HOME": str(path)}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_without_an_engine_it_is_one_sentence(tmp_path):

@@ -16,14 +16,12 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import build_image
 import dashboard
-import fork
-import package_index
 import pytest
 
 from evals.live_server import free_port
 from evals.needle.prompts import is_correct, make_prompt
+from scripts import build_image, fork, package_index
 
 ROOT = fork.ROOT
 FOLDER = ROOT / "build" / "image"
@@ -183,7 +181,7 @@ def test_the_context_has_what_the_build_reads_and_nothing_else(buildah, tmp_path
     files = {str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir()}
     names = {"Makefile", "UPSTREAM", "VERSION", "patches/series", "scripts/build.py", "scripts/overlay_wheel.py"}
     started = {"scripts/docker/entrypoint.sh", "scripts/docker/healthcheck.py"}
-    assert names | {"scripts/constraints-cpu.txt"} <= files
+    assert names | {"scripts/lock-cpu.txt"} <= files
     assert {f"patches/{name}" for name, _ in fork.read_series(fork.Layout().series)} <= files
     assert {file.split("/")[0] for file in files} == {"Makefile", "UPSTREAM", "VERSION", "patches", "scripts"}
     assert {file for file in files if file.startswith("scripts/docker/")} == started

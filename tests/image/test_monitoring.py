@@ -12,7 +12,8 @@ from pathlib import Path
 import dashboard
 import pytest
 import yaml
-from fork import ROOT
+
+from scripts.fork import ROOT
 
 DOCKER = ROOT / "scripts" / "docker"
 

@@ -22,6 +22,7 @@ from vllm.engine.protocol import StreamingInput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from evals.live_server import NEEDLE_MODEL
 from evals.needle.prompts import VALUES, is_correct, make_prompt
 
 VOCAB = 1024
@@ -148,11 +149,7 @@ def test_json_after_a_pruned_prompt(fp8) -> None:
 
 @pytest.fixture(scope="module")
 def needle():
-    from test_server import ROOT
-
-    with engine(
-        ROOT / "evals" / "needle" / "model", uniprefill={"top_p": 0.99}, max_model_len=4096, max_num_batched_tokens=9000
-    ) as llm:
+    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, max_model_len=4096, max_num_batched_tokens=9000) as llm:
         yield llm
 
 

@@ -4,10 +4,9 @@ import json
 import zipfile
 from importlib.metadata import version
 
-import fork
 import pytest
-import tree
-import wheels
+
+from scripts import fork, tree, wheels
 
 LAYOUT = fork.Layout()
 VERSION = fork.read_version().package("cuda")

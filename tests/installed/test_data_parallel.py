@@ -45,7 +45,7 @@ def test_two_engines_prune_and_count(tmp_path) -> None:
         with urllib.request.urlopen(request, timeout=300) as response:
             answer = json.loads(response.read())
         assert is_correct(prompt, answer["choices"][0]["text"])
-        return answer["uniprefill"]
+        return answer["choices"][0]["uniprefill"]
 
     asked = [(0, seed) for seed in range(4)] + [(1, seed) for seed in range(3)]
     with live_server(options, tmp_path / "log", environment=environment) as live:

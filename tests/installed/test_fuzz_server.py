@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from test_fuzz_arguments import ARGUMENTS, FUZZ_TIMES, objects
 
-from evals.live_server import CHAT_TEMPLATE, NAME, LiveServer, live_server
+from evals.live_server import NAME, LiveServer, live_server
 from evals.needle.prompts import make_prompt
 
 pytestmark = pytest.mark.slow
@@ -39,7 +39,6 @@ OPTIONS: dict[str, str | None] = {
     "--max-num-batched-tokens": "2048",
     "--max-num-seqs": "8",
     "--kv-cache-memory-bytes": "16M",
-    "--chat-template": CHAT_TEMPLATE,
 }
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": NAME, "prompt": PROMPT},
@@ -165,7 +164,7 @@ def assert_alive(server: LiveServer, path: str) -> None:
     """After all that, a pruned request is answered, and nothing is left behind."""
     body = GOOD[path] | {"max_tokens": MAX_TOKENS, "vllm_xargs": {"uniprefill_report": 1}}
     response = send(server, path, body)
-    assert response.status_code == 200 and response.json()["uniprefill"]["outcome"] == "pruned"
+    assert response.status_code == 200 and response.json()["choices"][0]["uniprefill"]["outcome"] == "pruned"
     metrics = server.metrics()
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert metrics.total(f"vllm:{name}") == 0, name

@@ -6,10 +6,9 @@ import sys
 from importlib.metadata import distribution, files, version
 from pathlib import Path
 
-import fork
 import pytest
-import tree
-import wheels
+
+from scripts import fork, tree, wheels
 
 LAYOUT = fork.Layout()
 DEVICE = "cpu" if version("vllm").endswith(".cpu") else "cuda"

@@ -34,6 +34,7 @@ def configure(model, uniprefill, **arguments):
         ({"top_p": 1.5}, "top_p"),
         ({"top_p": math.nan}, "top_p"),
         ({"top_p": "much"}, "top_p"),
+        ({"top_p": True}, "top_p"),
         ({"keep_ratio": 0}, "keep_ratio"),
         ({"keep_ratio": 1.1}, "keep_ratio"),
         ({"top_p": 0.9, "keep_ratio": 0.3}, "keep_ratio"),
@@ -59,7 +60,8 @@ def test_bad_setting(model, setting, names) -> None:
     with pytest.raises(ValueError) as error:
         configure(model, setting)
     message = str(error.value)
-    assert FLAG in message and names in message, message
+    assert message.startswith(FLAG) and message.endswith(".") and names in message, message
+    assert "\n" not in message and "Value error" not in message, message
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def assert_refused(names: str, model, **arguments) -> None:
     """One sentence says what the flag does not work with, and the way out."""
     with pytest.raises(ValueError) as error:
         configure(model, {}, **arguments)
-    sentence = re.search(rf"{FLAG} does not work with (.*?); (.*?) or drop {FLAG}\.", str(error.value))
+    sentence = re.fullmatch(rf"{FLAG} does not work with (.*?); (.*?) or drop {FLAG}\.", str(error.value))
     assert sentence and names in sentence[1] and sentence[2], str(error.value)
 
 
@@ -178,6 +180,8 @@ OTHER_MODELS = {
         "is_encoder_decoder": True,
     },
     "diffusion": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "canvas_length": 32},
+    "GPT2LMHeadModel, whose layers": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+    "Transformers backend": {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"},
 }
 
 

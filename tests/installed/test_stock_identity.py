@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fork import Layout
 from oracle.checkpoints import make_checkpoint
-from upstream_tests import make_release
+
+from scripts.fork import Layout
+from scripts.upstream_tests import make_release
 
 HERE = Path(__file__).parent
 

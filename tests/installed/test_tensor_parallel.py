@@ -22,9 +22,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from evals.live_server import NAME, live_server
 from evals.needle.prompts import is_correct, make_prompt
-
-# isort: split
-from serve import session_members
+from scripts.serve import session_members
 
 pytestmark = [
     pytest.mark.skipif(not version("vllm").endswith(".cpu"), reason="binds the ranks to CPU cores"),
@@ -202,7 +200,7 @@ def test_killed_rank_ends_the_server(tmp_path) -> None:
             body = {"model": NAME, "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
             status, response = post(live.url, "/v1/completions", body | {"vllm_xargs": {"uniprefill_report": 1}})
             assert status == 200 and is_correct(prompt, response["choices"][0]["text"])
-            kept = response["uniprefill"]["segments"][-1]["tokens_kept"]
+            kept = response["choices"][0]["uniprefill"]["segments"][-1]["tokens_kept"]
             assert kept < length / 2 if length >= 1024 else kept == length
         session = live.process.pid
         assert len(session_members(session)) >= 4  # server, engine core, two ranks

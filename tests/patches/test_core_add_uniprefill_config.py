@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import nn
 from vllm.config import UniPrefillConfig
 from vllm.config.compilation import CompilationMode
+from vllm.config.uniprefill import UNBOUNDED_ARCHITECTURES
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import registry
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.uniprefill.segments import (
     SegmentPlan,
@@ -62,35 +68,48 @@ def test_shares_up_to_one_are_taken(share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "sentence"),
     [
-        ({"top_p": 0}, "top_p"),
-        ({"top_p": 1.01}, "top_p"),
-        ({"top_p": float("nan")}, "top_p"),
-        ({"keep_ratio": 0}, "keep_ratio"),
-        ({"top_p": 0.9, "keep_ratio": 0.9}, "exclude each other"),
-        ({"num_queries": 200}, "recent_tokens (128)"),
-        ({"recent_tokens": 100}, "num_queries (128)"),
-        ({"selection_layers": []}, "selection_layers is empty"),
-        ({"selection_layers": [3, -1]}, "negative"),
-        ({"selection_layers": "some"}, "selection_layers"),
-        ({"top_p_over": "none"}, "top_p_over"),
-        ({"top_q": 0.9}, "top_q"),
+        ({"top_p": 0}, "top_p must be greater than 0, not 0."),
+        ({"top_p": 1.01}, "top_p must be less than or equal to 1, not 1.01."),
+        ({"top_p": float("nan")}, "top_p must be a finite number, not nan."),
+        ({"top_p": True}, "top_p must be a valid number, not True."),
+        ({"keep_ratio": "0.9"}, "keep_ratio must be a valid number, not '0.9'."),
+        ({"block_size": True}, "block_size must be a valid integer, not True."),
+        ({"enabled": 1}, "enabled must be a valid boolean, not 1."),
+        ({"recent_tokens": 0}, "recent_tokens must be greater than or equal to 1, not 0."),
+        ({"top_p": 0.9, "keep_ratio": 0.9}, "top_p and keep_ratio exclude each other; set one."),
+        (
+            {"num_queries": 200},
+            "num_queries (200) must not exceed recent_tokens (128), since a dropped token has no query; "
+            "lower num_queries or raise recent_tokens.",
+        ),
+        ({"selection_layers": []}, 'selection_layers is empty; list at least one layer or use "auto".'),
+        ({"selection_layers": [3, -1]}, "selection_layers must not be negative; layers count from 0."),
+        *(
+            ({"selection_layers": bad}, f'selection_layers must be "auto" or a list of layer numbers, not {bad!r}.')
+            for bad in ("some", [True], [[1]], 3)
+        ),
+        ({"top_p_over": "none"}, "top_p_over must be 'all' or 'middle', not 'none'."),
+        (
+            {"top_q": 0.9},
+            "'top_q' is no setting; use one of selection_layers, top_p, keep_ratio, top_p_over, block_size, "
+            "num_queries, sink_tokens, recent_tokens, min_prompt_tokens, enabled.",
+        ),
     ],
     ids=str,
 )
-def test_bad_values_from_the_flag_are_one_sentence_that_names_them(values: dict, named: str) -> None:
+def test_bad_values_from_the_flag_are_one_sentence_that_names_them(values: dict, sentence: str) -> None:
     with pytest.raises(ValueError) as error:
         UniPrefillConfig.from_cli(values)
-    message = str(error.value)
-    assert message.startswith("--uniprefill-config: ") and named in message
-    assert "\n" not in message
+    assert str(error.value) == f"--uniprefill-config: {sentence}"
 
 
 @pytest.mark.parametrize("values", [0.99, [1, 2]], ids=str)
 def test_the_flag_takes_an_object_only(values: object) -> None:
-    with pytest.raises(ValueError, match="--uniprefill-config takes a JSON object"):
+    with pytest.raises(ValueError) as error:
         UniPrefillConfig.from_cli(values)
+    assert str(error.value) == f"--uniprefill-config takes a JSON object such as '{{\"top_p\": 0.99}}', not {values}."
 
 
 # --- layers ----------------------------------------------------------------------------
@@ -206,6 +225,26 @@ def test_the_flag_reaches_the_engine_args_as_an_object() -> None:
     assert parse().uniprefill_config is None
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "{top_p: 0.9}",
+            "and '{top_p: 0.9}' is no JSON: Expecting property name enclosed in double quotes: "
+            "line 1 column 2 (char 1).",
+        ),
+        ("[0.9]", "not [0.9]."),
+        ("null", "not null."),
+    ],
+)
+def test_what_is_no_json_object_is_a_usage_error(text: str, reason: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse("--uniprefill-config", text)
+    last = capsys.readouterr().err.splitlines()[-1]
+    sentence = f"takes a JSON object such as '{{\"top_p\": 0.99}}', {reason}"
+    assert last.endswith(f": error: argument --uniprefill-config: {sentence}")
+
+
 def test_the_flag_turns_compilation_off_unless_asked_for(configure) -> None:
     config = configure({"top_p": 0.9})
     assert config.uniprefill_config.top_p == 0.9
@@ -265,6 +304,54 @@ def test_what_does_not_work_together_is_refused_by_name(configure, arguments, na
     with pytest.raises(ValueError, match="--uniprefill-config") as error:
         configure({}, **arguments)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", UNBOUNDED_ARCHITECTURES)
+def test_models_without_layer_bounds_are_refused_by_their_class(configure, monkeypatch, architecture) -> None:
+    config = configure({})
+    monkeypatch.setattr(config.model_config, "_architecture", architecture)
+    with pytest.raises(ValueError) as error:
+        config.uniprefill_config.verify_with(config)
+    assert str(error.value) == (
+        f"--uniprefill-config does not work with {architecture}, whose layers cannot be run in parts; "
+        "serve another model or drop --uniprefill-config."
+    )
+
+
+def test_models_without_pipeline_parallelism_are_refused_by_their_class(configure, monkeypatch) -> None:
+    config = configure({})
+    model = config.model_config
+    monkeypatch.setattr(model, "_model_info", dataclasses.replace(model._model_info, supports_pp=False))
+    with pytest.raises(ValueError, match="does not work with LlamaForCausalLM, whose layers cannot be run in parts;"):
+        config.uniprefill_config.verify_with(config)
+
+
+def test_the_transformers_backend_is_refused_in_one_sentence(configure) -> None:
+    """Without pydantic's frame, though the whole config is a pydantic class."""
+    with pytest.raises(ValueError) as error:
+        configure({}, model_impl="transformers")
+    assert str(error.value) == (
+        "--uniprefill-config does not work with models on the Transformers backend; "
+        "serve a model that vLLM implements itself or drop --uniprefill-config."
+    )
+
+
+def test_other_failures_keep_pydantics_frame(configure) -> None:
+    with pytest.raises(ValidationError):
+        configure({}, max_num_seqs=-1)
+
+
+def test_every_class_that_names_its_layers_otherwise_is_listed() -> None:
+    """By vLLM's sources: who makes layers with bounds under another name than `layers`."""
+    models = Path(registry.__file__).parent
+    modules = {
+        path.stem
+        for path in models.glob("*.py")
+        if re.search(r"self\.end_layer, self\.(?!layers)\w+ = make", path.read_text())
+    }
+    assert modules
+    listed = {arch for arch, (module, _) in registry._TEXT_GENERATION_MODELS.items() if module in modules}
+    assert listed == set(UNBOUNDED_ARCHITECTURES)
 
 
 def test_the_old_model_runner_is_refused(configure, monkeypatch: pytest.MonkeyPatch) -> None:

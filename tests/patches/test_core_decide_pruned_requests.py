@@ -126,8 +126,9 @@ def scheduled(step: SchedulerOutput, *requests: Request) -> list[int]:
 
 def test_arguments_are_read() -> None:
     config = UniPrefillConfig()
-    given = {"uniprefill": 0, "uniprefill_top_p": 1, "uniprefill_report": True, "other": object()}
-    assert RequestArgs.parse(given, config) == RequestArgs(False, 1, None, True)
+    given = {"uniprefill_top_p": 1, "uniprefill_report": True, "other": object()}
+    assert RequestArgs.parse(given, config) == RequestArgs(None, 1, None, True)
+    assert RequestArgs.parse({"uniprefill": 0}, config) == RequestArgs(False, None, None, False)
     given = {"uniprefill": 1, "uniprefill_keep_ratio": 0.2}
     assert RequestArgs.parse(given, config) == RequestArgs(True, None, 0.2, False)
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import (
-    ChatCompletionResponse,
-    ChatCompletionStreamResponse,
+    ChatCompletionRequest,
+    ChatCompletionResponseChoice,
+    ChatCompletionResponseStreamChoice,
 )
 from vllm.entrypoints.openai.completion.protocol import (
-    CompletionResponse,
-    CompletionStreamResponse,
+    CompletionRequest,
+    CompletionResponseChoice,
+    CompletionResponseStreamChoice,
 )
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -45,22 +47,69 @@ def enter(processor: InputProcessor, extra: dict[str, Any] | None) -> EngineCore
 
 
 @pytest.mark.parametrize(
-    ("extra", "named"),
+    ("extra", "named", "sentence"),
     [
-        ({"uniprefill": 2}, "uniprefill"),
-        ({"uniprefill": 1, "uniprefill_top_p": 0}, "uniprefill_top_p"),
-        ({"uniprefill_keep_ratio": "half"}, "uniprefill_keep_ratio"),
-        ({"uniprefill_report": None}, "uniprefill_report"),
-        ({"uniprefill_topp": 0.5}, "uniprefill_topp"),
-        ({"uniprefill_top_p": 0.5, "uniprefill_keep_ratio": 0.5}, "uniprefill_keep_ratio"),
+        ({"uniprefill": 2}, "uniprefill", "uniprefill must be 0 or 1, not 2."),
+        (
+            {"uniprefill": 1, "uniprefill_top_p": 0},
+            "uniprefill_top_p",
+            "uniprefill_top_p must be a number greater than 0 and at most 1, not 0.",
+        ),
+        (
+            {"uniprefill_keep_ratio": "half"},
+            "uniprefill_keep_ratio",
+            "uniprefill_keep_ratio must be a number greater than 0 and at most 1, not 'half'.",
+        ),
+        ({"uniprefill_report": None}, "uniprefill_report", "uniprefill_report must be 0 or 1, not None."),
+        (
+            {"uniprefill_topp": 0.5},
+            "uniprefill_topp",
+            "uniprefill_topp is not an argument of UniPrefill; use one of uniprefill, uniprefill_top_p, "
+            "uniprefill_keep_ratio, uniprefill_report.",
+        ),
+        (
+            {"uniprefill_top_p": 0.5, "uniprefill_keep_ratio": 0.5},
+            "uniprefill_keep_ratio",
+            "uniprefill_top_p and uniprefill_keep_ratio exclude each other; send one of them.",
+        ),
+        (
+            {"uniprefill": 0, "uniprefill_top_p": 0.9},
+            "uniprefill_top_p",
+            "uniprefill_top_p says how to prune, and uniprefill is 0; drop one of them.",
+        ),
+        (
+            {"uniprefill": 0, "uniprefill_keep_ratio": 0.9},
+            "uniprefill_keep_ratio",
+            "uniprefill_keep_ratio says how to prune, and uniprefill is 0; drop one of them.",
+        ),
     ],
     ids=str,
 )
-def test_bad_arguments_are_refused_by_name(processor, extra: dict, named: str) -> None:
+def test_bad_arguments_are_refused_by_name(processor, extra: dict, named: str, sentence: str) -> None:
     """Before the request reaches the engine, where an exception would end it."""
     with pytest.raises(VLLMValidationError) as error:
         enter(processor(True), extra)
-    assert error.value.parameter == named and named in str(error.value)
+    assert error.value.parameter == named
+    assert str(error.value) == f"{sentence} (parameter={named})"
+
+
+REQUESTS = {
+    CompletionRequest: {"prompt": "x"},
+    ChatCompletionRequest: {"messages": []},
+    ResponsesRequest: {"input": "x"},
+}
+
+
+@pytest.mark.parametrize("model", REQUESTS, ids=lambda model: model.__name__)
+@pytest.mark.parametrize("name", ["uniprefill_top_p", "uniprefill_keep_ratio"])
+def test_a_boolean_share_is_refused_before_it_becomes_a_number(model: type, name: str) -> None:
+    sentence = f"{name} must be a number greater than 0 and at most 1, not True."
+    with pytest.raises(VLLMValidationError) as error:
+        model(**REQUESTS[model], vllm_xargs={name: True})
+    assert error.value.parameter == name and str(error.value).startswith(sentence)
+    taken = {"uniprefill": 1, name: 0.5, "other": 1}
+    assert model(**REQUESTS[model], vllm_xargs=taken).vllm_xargs == taken
+    assert model(**REQUESTS[model]).vllm_xargs is None
 
 
 @pytest.mark.parametrize("name", ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_report"])
@@ -192,17 +241,16 @@ def test_without_a_report_the_output_has_none() -> None:
 
 # --- responses -------------------------------------------------------------------------
 
-USAGE = UsageInfo(prompt_tokens=9, completion_tokens=1, total_tokens=10)
-RESPONSES = {
-    CompletionResponse: {"usage": USAGE},
-    CompletionStreamResponse: {},
-    ChatCompletionResponse: {"usage": USAGE},
-    ChatCompletionStreamResponse: {},
+CHOICES = {
+    CompletionResponseChoice: {"text": "x"},
+    CompletionResponseStreamChoice: {"text": "x"},
+    ChatCompletionResponseChoice: {"message": {"role": "assistant", "content": "x"}},
+    ChatCompletionResponseStreamChoice: {"delta": {"content": "x"}},
 }
 
 
 def bodies(response: Any) -> list[dict]:
-    """All ways in which the server writes a response or a chunk."""
+    """All ways in which the server writes a choice."""
     return [
         response.model_dump(),
         json.loads(response.model_dump_json()),
@@ -211,15 +259,12 @@ def bodies(response: Any) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("model", RESPONSES, ids=lambda model: model.__name__)
-def test_responses_name_the_report_only_if_there_is_one(model: type) -> None:
-    arguments = {"model": "m", "choices": []} | RESPONSES[model]
+@pytest.mark.parametrize("model", CHOICES, ids=lambda model: model.__name__)
+def test_choices_name_the_report_only_if_there_is_one(model: type) -> None:
+    arguments = {"index": 0} | CHOICES[model]
     for silent in (model(**arguments), model(**arguments, uniprefill=None)):
         for body in bodies(silent):
-            assert "uniprefill" not in body and body["model"] == "m"
-        assert "metrics" in silent.model_dump()  # other fields stay the release's
+            assert "uniprefill" not in body and body["index"] == 0
+        assert "stop_reason" in silent.model_dump()  # other fields stay the release's
     given = model(**arguments, uniprefill=REPORT)
     assert all(body["uniprefill"] == REPORT for body in bodies(given))
-    chunk = model(**arguments)
-    chunk.uniprefill = REPORT  # as the last chunk of a stream gets it
-    assert all(body["uniprefill"] == REPORT for body in bodies(chunk))

@@ -6,9 +6,9 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import fork
 import pytest
-import wheels
+
+from scripts import fork, lock, wheels
 
 VERSION_FILE = """\
 __version__ = version = '9.9.0'
@@ -24,6 +24,7 @@ RELEASE = {
     "vllm/data.json": "{}\n",
     "csrc/op.cpp": "int op() { return 1; }\n",
     "pyproject.toml": '[tool.ruff.lint]\nselect = ["E", "F", "I"]\n',
+    "requirements/common.txt": "regex\n",
     "LICENSE": "free\n",
     "PKG-INFO": (
         "Metadata-Version: 2.4\nName: vllm\nVersion: 9.9.0\nRequires-Dist: regex\n"
@@ -114,8 +115,8 @@ def toy(tmp_path, monkeypatch):
     make_wheel(wheel)
     sums = [hashlib.sha256(p.read_bytes()).hexdigest() for p in (sdist, wheel)]
     (layout.root / "UPSTREAM").write_text(
-        f"# the toy\ntag: v9.9.0\ncommit: abc123def\nsdist: {sdist.name}\nsdist-sha256: {sums[0]}\n"
-        f"wheel: {wheel.name}\nwheel-sha256: {sums[1]}\n"
+        f'# the toy\ntag = "v9.9.0"\ncommit = "abc123def"\nsdist = "{sdist.name}"\nsdist-sha256 = "{sums[0]}"\n'
+        f'wheel = "{wheel.name}"\nwheel-sha256 = "{sums[1]}"\n'
     )
     (layout.root / "VERSION").write_text("9.9.0-3\n")
     layout.patches.mkdir()
@@ -125,4 +126,9 @@ def toy(tmp_path, monkeypatch):
         test.parent.mkdir(parents=True, exist_ok=True)
         test.write_text("")
     write_series(layout, [FIRST, SECOND])
+    (layout.root / "scripts").mkdir()
+    for device in lock.DEVICES:
+        requirements = layout.root / "scripts" / f"requirements-{device}.txt"
+        requirements.write_text("-r ../build/tree/requirements/common.txt\n")
+        lock.path_of(device, layout.root).write_text(lock.HEAD.format(device=device, digest=lock.digest(["regex"])))
     return layout

@@ -1,11 +1,8 @@
 """Choosing what to build for, and what the environment depends on."""
 
-import environment
-import fork
-import lock_environment
 import pytest
 
-import build
+from scripts import build, environment, fork, lock
 
 
 @pytest.mark.parametrize(
@@ -40,32 +37,18 @@ def test_python_version(version, good):
             environment.check_python(version)
 
 
-def test_the_environment_key_follows_the_requirements(toy):
-    common = toy.tree / "requirements" / "common.txt"
-    common.parent.mkdir(parents=True)
-    common.write_text("regex\n")
-    first = environment.environment_key("cpu", toy)
-    assert environment.environment_key("cpu", toy) == first
-    common.write_text("regex\ntqdm\n")
-    assert environment.environment_key("cpu", toy) != first
-    assert environment.environment_key("cuda", toy).split()[0] == "cuda"
-
-
-def test_no_gpu_only_package_is_pinned_for_cpu():
-    pinned = (environment.SCRIPTS / "constraints-cpu.txt").read_text().lower()
-    for name in ("flashinfer", "cutlass", "tilelang", "nvidia", "torchvision", "torchaudio", "torchcodec", "cuda"):
-        assert name not in pinned
-    assert "\ntorch==2.13.0\n" in pinned and "\ntriton==3.7.1\n" in pinned
+def test_the_environment_key_follows_the_lock(monkeypatch, tmp_path):
+    monkeypatch.setattr(lock, "path_of", lambda device: tmp_path / device)
+    for device in lock.DEVICES:
+        (tmp_path / device).write_text("regex==1\n")
+    first = environment.environment_key("cpu")
+    assert environment.environment_key("cpu") == first
+    assert environment.environment_key("cuda").split()[0] == "cuda"
+    (tmp_path / "cpu").write_text("regex==2\n")
+    assert environment.environment_key("cpu") != first
 
 
 def test_gpu_only_requirements_are_the_releases_cuda_ones():
     drop = build.gpu_only(fork.Layout())
     assert {"flashinfer-python", "tilelang", "nvidia-cutlass-dsl", "torchvision", "torchaudio"} <= drop
     assert not drop & {"torch", "numba", "transformers", "regex"}
-
-
-def test_a_freeze_becomes_constraints():
-    freeze = "torch==2.13.0+cpu\nZed==1\nabc==2.0.post1\nvllm @ file:///x.whl\nvllm==0.32.0\n"
-    assert lock_environment.constraints(freeze).splitlines()[1:] == ["abc==2.0.post1", "torch==2.13.0", "Zed==1"]
-    with pytest.raises(fork.ForkError, match="mine @ file"):
-        lock_environment.constraints("mine @ file:///x.whl\n")

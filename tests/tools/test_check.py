@@ -2,12 +2,9 @@
 
 import contextlib
 
-import check_patches
-import fork
-import make_tree
-import patch_table
 import pytest
-import tree
+
+from scripts import check_patches, fork, make_tree, patch_table, tree
 
 from .conftest import FIRST, SECOND, patch_text, write_series
 
@@ -174,11 +171,20 @@ def test_a_patch_may_import_what_an_earlier_one_adds_and_only_that(good):
         assert all(said in problem for said, problem in zip(expected, found, strict=True))
 
 
-def test_without_ruff_it_says_so(good):
-    steps = tree.apply_series(tree.load_series(good), good.pristine)
-    assert check_patches.check_python(good, steps, None) == [
-        "ruff is missing; `make build` installs it, or put it on PATH."
-    ]
+def test_without_ruff_only_style_goes_unchecked(good, monkeypatch, capfd):
+    monkeypatch.setattr(check_patches, "find_ruff", lambda layout: None)
+    assert check_patches.check(good) == []
+    assert "style not checked, for want of ruff; `make build` installs it" in capfd.readouterr().err
+    rewrite(good, SECOND, "+    return 1\n", "+    return (\n")
+    assert only_problem(good).startswith(f"{SECOND}: vllm/helper.py:2: ")
+
+
+def test_the_locks_follow_the_requirements(good):
+    path = good.tree.relative_to(good.root) / "requirements" / "common.txt"
+    assert f"-r ../{path}" in (good.root / "scripts/requirements-cpu.txt").read_text()
+    requirements = good.root / "scripts" / "requirements-cuda.txt"
+    requirements.write_text(requirements.read_text() + "more==1\n")
+    assert only_problem(good) == "scripts/lock-cuda.txt was not made from the requirements as they are; `make lock`."
 
 
 def test_a_large_patch_wants_a_reason(good, monkeypatch):

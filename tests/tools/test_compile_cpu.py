@@ -3,9 +3,9 @@
 import os
 import stat
 
-import compile_cpu
-import fork
 import pytest
+
+from scripts import compile_cpu, fork
 
 SKYLAKE = frozenset("fma f16c avx2 avx512f avx512dq avx512bw avx512vl".split())
 
@@ -117,3 +117,25 @@ def test_old_objects_are_forgotten_and_used_ones_kept(tmp_path):
         os.utime(path, (1, 1))
     compile_cpu.prune(tmp_path, {used})
     assert not old.exists() and used.exists() and new.exists()
+
+
+def test_a_finished_build_needs_no_cache(toy, monkeypatch, tmp_path):
+    """What lies in build/ is linked from the sources as they are: no object is made again."""
+    monkeypatch.setattr(compile_cpu, "find_torch", lambda python: compile_cpu.Torch("1", tmp_path / "torch"))
+    isa = compile_cpu.Isa("toy", frozenset(), (), ("csrc/op.cpp",))
+    script(tmp_path / "g++", 'for last; do case $before in -o) echo "$@" > "$last"; esac; before=$last; done')
+    monkeypatch.setattr(compile_cpu, "prerequisites", lambda: (isa, "_C", str(tmp_path / "g++"), "12.2.0", "/include"))
+    source = toy.tree / "csrc/op.cpp"
+    (source.parent / "cpu").mkdir(parents=True)
+    source.write_text("one\n")
+    (source.parent / "cpu/generate_cpu_attn_dispatch.py").write_text("def generate_header_file():\n    return ''\n")
+    library = compile_cpu.build_extension(toy, 1)
+    made = library.stat().st_mtime_ns
+    assert library.is_file() and len(list((tmp_path / "cache").rglob("*.o"))) == 1
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert compile_cpu.build_extension(toy, 1).stat().st_mtime_ns == made
+    assert not list((tmp_path / "other").rglob("*.o"))
+    source.write_text("two\n")
+    assert compile_cpu.build_extension(toy, 1).stat().st_mtime_ns > made
+    assert len(list((tmp_path / "other").rglob("*.o"))) == 1

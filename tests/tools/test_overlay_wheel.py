@@ -6,14 +6,10 @@ import subprocess
 import sys
 import zipfile
 
-import fetch_source
-import fork
-import make_tree
-import overlay_wheel
 import pytest
-import wheels
 
-from build import build_wheel
+from scripts import fetch_source, fork, make_tree, overlay_wheel, wheels
+from scripts.build import build_wheel
 
 from .conftest import KERNEL
 

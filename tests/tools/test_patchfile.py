@@ -1,7 +1,8 @@
 """Reading, applying and writing patches."""
 
-import patchfile
 import pytest
+
+from scripts import patchfile
 
 TEXT = "".join(f"line {n}\n" for n in range(1, 11))
 

@@ -1,7 +1,6 @@
 """make rebase-check on other toy releases."""
 
-import rebase_check
-import tree
+from scripts import rebase_check, tree
 
 from .conftest import FIRST, RELEASE, SECOND
 

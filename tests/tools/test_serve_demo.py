@@ -3,21 +3,21 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import demo
-import fork
+import openai
+import psutil
 import pytest
-import serve
 
-SCRIPTS = Path(fork.__file__).parent
+from scripts import demo, fork, serve
 
 
 def value(arguments, option):
-    return serve.option_value(arguments, option, "")
+    return serve.given_options(arguments).get(option, "")
 
 
 def test_any_model_gets_uniprefill_and_nothing_else():
@@ -28,16 +28,16 @@ def test_any_model_gets_uniprefill_and_nothing_else():
 def test_the_needle_model_gets_a_budget_for_a_whole_prompt():
     arguments = serve.serve_arguments("m", [], cpu=True, needle=True)
     budget, length, seqs = (
-        int(value(arguments, o)) for o in ("--max-num-batched-tokens", "--max-model-len", "--max-num-seqs")
+        int(value(arguments, o)) for o in ("max-num-batched-tokens", "max-model-len", "max-num-seqs")
     )
     assert budget >= length + seqs
-    assert value(arguments, "--served-model-name") == "needle"
+    assert value(arguments, "served-model-name") == "needle"
 
 
 @pytest.mark.parametrize("given", [["--max-num-seqs", "2"], ["--max-num-seqs=2"], ["--max_num_seqs", "2"]])
 def test_what_the_user_gives_is_not_set_again(given):
     arguments = serve.serve_arguments("m", given, cpu=False, needle=True)
-    assert value(arguments, "--max-num-seqs") == "2"
+    assert value(arguments, "max-num-seqs") == "2"
     assert sum(a.replace("_", "-").startswith("--max-num-seqs") for a in arguments) == 1
     assert "--kv-cache-memory-bytes" not in arguments
 
@@ -52,10 +52,65 @@ def test_the_default_model_is_ours_and_its_absence_is_said(monkeypatch, tmp_path
     assert serve.choose_model(None) == (str(tmp_path), True)
 
 
-def test_the_ready_line_says_how_to_send_a_request():
-    text = serve.ready_text(serve.base_url(["--port", "81", "--host=0.0.0.0"]), "needle")
-    assert "curl http://127.0.0.1:81/v1/completions" in text and '"model": "needle"' in text
-    assert '"uniprefill": 1' in text
+def test_a_configuration_file_counts_as_given_but_less(tmp_path):
+    """A default of ours on the command line would win over it."""
+    file = tmp_path / "server.yaml"
+    file.write_text("port: 9100\nmax_num_seqs: 2\nserved-model-name: [a, b]\nuniprefill-config: {top_p: 0.5}\n")
+    given = serve.given_options(["--config", str(file), "--port=9200", "--uniprefill-config.top_p", "0.7"])
+    assert (given["port"], given["max-num-seqs"], given["served-model-name"]) == ("9200", "2", "a")
+    arguments = serve.serve_arguments("m", ["--config", str(file)], cpu=True, needle=True)
+    assert not {"--max-num-seqs", "--uniprefill-config", "--served-model-name"} & set(arguments)
+    assert "--max-model-len" in arguments
+    assert serve.given_options(["--config", str(tmp_path / "none")]) == {"config": str(tmp_path / "none")}
+
+
+@pytest.mark.parametrize(
+    ("given", "url", "curl"),
+    [
+        ({}, "http://127.0.0.1:8000", "curl"),
+        ({"port": "81", "host": "0.0.0.0"}, "http://127.0.0.1:81", "curl"),
+        ({"port": "81", "host": "::"}, "http://[::1]:81", "curl"),
+        ({"host": "192.0.2.7", "ssl-keyfile": "k", "ssl-certfile": "c"}, "https://192.0.2.7:8000", "curl -k"),
+        ({"uds": "/tmp/a b"}, "http://localhost", "curl --unix-socket '/tmp/a b'"),
+    ],
+)
+def test_an_address_is_reached_from_this_machine(given, url, curl):
+    address = serve.Address.of(given)
+    assert (address.url, address.curl) == (url, curl)
+
+
+@pytest.mark.parametrize("port", ["x", "-1", "65536", ""])
+def test_a_port_that_is_none_is_one_sentence(port):
+    with pytest.raises(fork.ForkError, match="--port must be a number from 0 to 65535"):
+        serve.Address.of({"port": port})
+
+
+def test_a_taken_port_or_socket_is_one_sentence(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = serve.Address("127.0.0.1", other.getsockname()[1])
+        with pytest.raises(fork.ForkError, match=f"port {address.port} .*Address already in use.*--port"):
+            address.require_free()
+        with pytest.raises(fork.ForkError, match=f"port {address.port} "):
+            serve.Address("", address.port).require_free()
+    serve.Address("127.0.0.1", 0).require_free()
+    (tmp_path / "socket").touch()
+    with pytest.raises(fork.ForkError, match="remove the file"):
+        serve.Address(uds=str(tmp_path / "socket")).require_free()
+
+
+@pytest.mark.parametrize("needle", [True, False])
+def test_the_ready_line_has_a_request_long_enough_to_be_pruned(needle, tmp_path):
+    """The shell runs it up to curl; a name with a quote and a space does not break it."""
+    name = "needle" if needle else "it's a/model"
+    text = serve.ready_text(serve.Address(port=81), name, needle)
+    [line] = [line for line in text.splitlines() if "| curl" in line]
+    command, curl = line.split(" | curl ")
+    assert curl.startswith("http://127.0.0.1:81/v1/completions ") and curl.endswith("-d @-")
+    body = json.loads(subprocess.run(command, shell=True, capture_output=True, check=True).stdout)
+    assert (body["model"], body["vllm_xargs"]) == (name, {"uniprefill_report": 1})
+    assert len(body["prompt"].split()) > 1200
 
 
 REPORT = {
@@ -69,27 +124,40 @@ REPORT = {
 }
 
 
-def stream(*chunks):
-    return [f"data: {chunk}\n".encode() for chunk in chunks] + [b"\n", b"data: [DONE]\n"]
+class Stub:
+    """In the client's place: streams these events, or fails with this error."""
+
+    def __init__(self, *events):
+        self.completions, self.events = self, events
+
+    def create(self, **request):
+        self.request = request
+        for event in self.events:
+            if isinstance(event, Exception):
+                raise event
+            yield openai.types.Completion.construct(**event)
+
+    def ask(self):
+        return demo.ask(self, "m", demo.Question("prompt", "q", "v12"), pruned=True, max_tokens=4)
+
+
+def choice(text, **more):
+    return {"index": 0, "text": text, **more}
 
 
 def test_a_stream_gives_text_time_and_report():
-    lines = stream(
-        '{"choices": [{"text": ""}]}',
-        '{"choices": [{"text": " v1"}]}',
-        json.dumps({"choices": [{"text": "2", "finish_reason": "length"}], "uniprefill": REPORT}),
-        '{"choices": [], "usage": {}}',
-    )
-    ticks = iter([12.5, 99.0])
-    reply = demo.read_stream(lines, 10.0, lambda: next(ticks))
-    assert (reply.text, reply.first_token, reply.report) == ("v12", 2.5, REPORT)
+    last = {"choices": [choice("2", finish_reason="length", uniprefill=REPORT)]}
+    stub = Stub({"choices": [choice("")]}, {"choices": [choice(" v1")]}, last, {"choices": []})
+    reply = stub.ask()
+    assert (reply.text, reply.report) == ("v12", REPORT) and reply.first_token > 0
+    assert stub.request["extra_body"] == {"vllm_xargs": {"uniprefill": 1, "uniprefill_report": 1}}
 
 
 def test_a_refusal_and_an_empty_stream_are_errors():
     with pytest.raises(fork.ForkError, match="refused the request: too long"):
-        demo.read_stream(stream('{"error": {"message": "too long"}}'), 0)
+        Stub(openai.APIError("too long", request=None, body=None)).ask()
     with pytest.raises(fork.ForkError, match="no token"):
-        demo.read_stream(stream('{"choices": []}'), 0)
+        Stub({"choices": []}).ask()
 
 
 def test_the_bars_show_what_each_segment_computed():
@@ -106,8 +174,22 @@ def test_the_summary_compares_medians():
     text = demo.summary(question, dense, pruned)
     assert "what is k1 ?" in text and text.count("v12") == 3
     assert "median of 6.00, 8.00, 100.00" in text and "ratio     2.00 x" in text
-    unpruned = [demo.Reply("v12", 1.0, {"outcome": "dense", "reason": "too short", "segments": []})]
-    assert "nothing was pruned: too short" in demo.summary(question, dense, unpruned)
+    assert "nothing was" not in text
+
+
+def test_a_summary_of_nothing_pruned_says_why():
+    """As the server reports it: with segments that hold every token."""
+    whole = [{"layers": [0, 7], "tokens_in": 1000, "tokens_kept": 1000}]
+
+    def told(**report):
+        replies = [demo.Reply("v12", 1.0, {"prompt_tokens": 1000, "segments": whole} | report)]
+        return demo.summary(demo.Question("p", "q", "v12"), replies, replies)
+
+    assert "nothing was pruned: prompt_exceeds_step (raise --" in told(outcome="dense", reason="prompt_exceeds_step")
+    assert "nothing was pruned: prompt_logprobs\n" in told(outcome="dense", reason="prompt_logprobs")
+    assert "nothing was dropped: every block was needed" in told(outcome="pruned", reason=None)
+    no_report = [demo.Reply("v12", 1.0, None)]
+    assert "nothing was pruned: no report" in demo.summary(demo.Question("p", "q", "v12"), no_report, no_report)
 
 
 def test_prompts_hide_the_answer_once():
@@ -126,20 +208,18 @@ time.sleep(600)
 """
 
 
-def wait_for_pids(path: Path) -> list[int]:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if path.is_file() and len(path.read_text().split()) == 2:
-            return [int(pid) for pid in path.read_text().split()]
+def wait_for(condition) -> None:
+    while not condition():
         time.sleep(0.05)
-    raise AssertionError("the stand-in did not start")
+
+
+def wait_for_pids(path: Path) -> list[int]:
+    wait_for(lambda: path.is_file() and len(path.read_text().split()) == 2)
+    return [int(pid) for pid in path.read_text().split()]
 
 
 def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_nothing_is_left_of_a_stubborn_server(tmp_path, monkeypatch):
@@ -160,8 +240,8 @@ def test_an_interrupted_program_stops_its_server(tmp_path, number, background):
     program.write_text(
         f"""
 import sys, time
-sys.path.insert(0, {str(SCRIPTS)!r})
-import fork, serve
+sys.path.insert(0, {str(fork.ROOT)!r})
+from scripts import fork, serve
 serve.stop_session.__defaults__ = ((.5, .5),)
 def main():
     with serve.server([sys.executable, "-c", {STUBBORN!r}, {str(pids_file)!r}]):
@@ -186,4 +266,38 @@ def test_a_server_that_ends_early_is_an_error():
         serve.server([sys.executable, "-c", "raise SystemExit(3)"]) as process,
         pytest.raises(fork.ForkError, match="ended with status 3"),
     ):
-        serve.wait_until_ready(process, "http://127.0.0.1:9", 30)
+        serve.wait_until_ready(process, serve.Address(port=9))
+
+
+# binds at once and listens when told to, as vLLM does when its engine runs; its child listens for itself
+LISTENER = """
+import os, socket, sys, time
+if os.fork() == 0:
+    child = socket.create_server(("127.0.0.1", 0))
+    time.sleep(600)
+uds, port_file, start_file = sys.argv[1:]
+listener = socket.socket(socket.AF_UNIX if uds else socket.AF_INET)
+listener.bind(uds or ("127.0.0.1", 0))
+open(port_file + ".part", "w").write("0" if uds else str(listener.getsockname()[1]))
+os.rename(port_file + ".part", port_file)
+while not os.path.exists(start_file): time.sleep(.05)
+listener.listen()
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("by", ["port", "any port", "socket"])
+def test_only_the_server_that_was_started_is_ready(tmp_path, monkeypatch, by):
+    """Not another one that listens where the user asked, nor one that has only bound its socket."""
+    monkeypatch.setattr(serve.stop_session, "__defaults__", ((0.5, 0.5),))
+    uds, port_file, start = str(tmp_path / "uds") if by == "socket" else "", tmp_path / "port", tmp_path / "start"
+    command = [sys.executable, "-c", LISTENER, uds, str(port_file), str(start)]
+    with socket.create_server(("127.0.0.1", 0)) as other, serve.server(command) as process:
+        wait_for(port_file.exists)
+        port = int(port_file.read_text())
+        address = serve.Address("127.0.0.1", port if by == "port" else 0, uds=uds)
+        assert serve.listening(process, serve.Address("127.0.0.1", other.getsockname()[1])) is None
+        if not uds:
+            assert serve.listening(process, address) is None
+        start.touch()
+        assert serve.wait_until_ready(process, address) == serve.Address("127.0.0.1", port, uds=uds)

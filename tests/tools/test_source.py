@@ -2,10 +2,9 @@
 
 import tarfile
 
-import fetch_source
-import fork
-import package_index
 import pytest
+
+from scripts import fetch_source, fork, package_index
 
 from .conftest import RELEASE, VERSION_FILE, make_sdist
 
@@ -82,9 +81,11 @@ def test_another_commit_is_refused(toy):
 
 def test_the_pin_and_the_version_must_be_complete(toy):
     path = toy.root / "UPSTREAM"
-    path.write_text(path.read_text().replace("commit: abc123def\n", ""))
-    with pytest.raises(fork.ForkError, match="lacks commit"):
-        upstream(toy)
+    whole = path.read_text()
+    for commit, said in (("", "lacks commit"), ("commit = 1\n", "lacks commit"), ("commit\n", "is not TOML .*line 3")):
+        path.write_text(whole.replace('commit = "abc123def"\n', commit))
+        with pytest.raises(fork.ForkError, match=said):
+            upstream(toy)
     (toy.root / "VERSION").write_text("9.9\n")
     with pytest.raises(fork.ForkError, match="must read like"):
         fork.read_version(toy.root / "VERSION")

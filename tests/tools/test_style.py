@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import check_patches
-import fork
 import pytest
+
+from scripts import check_patches, fork
 
 SCRIPTS = Path(fork.__file__).parent
 PROGRAMS = sorted(p for p in SCRIPTS.glob("*.py") if "argparse.ArgumentParser(" in p.read_text())
@@ -24,7 +24,8 @@ def test_ruff(command):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=[p.stem for p in PROGRAMS])
 def test_help_reads_well(program):
-    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-m", f"scripts.{program.stem}", "--help"]
+    done = subprocess.run(command, cwd=fork.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ") and len(done.stdout.split("\n\n")[1]) > 40
 

@@ -3,14 +3,12 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-import fork
-import make_tree
-import patchfile
 import pytest
-import refresh_patches
-import tree
+
+from scripts import fork, make_tree, patchfile, refresh_patches, tree
 
 from .conftest import FIRST, SECOND, patch_text, write_series
 
@@ -93,11 +91,15 @@ def test_an_edit_of_a_file_that_a_new_patch_touches_stops_it(toy):
     assert (toy.tree / "vllm/core.py").read_text() == "mine\n"
 
 
-def test_discard_starts_anew(toy):
+def test_discard_starts_anew_and_lists_what_it_throws_away(toy, capfd):
     make_tree.make_tree(toy)
     (toy.tree / "vllm/helper.py").write_text("x\n")
     (toy.tree / "vllm/data.json").write_text("[]\n")
+    capfd.readouterr()
     make_tree.make_tree(toy, discard=True)
+    said = capfd.readouterr().err
+    thrown = [line.split()[-1] for line in said.splitlines() if "thrown away:" in line]
+    assert thrown == ["vllm/data.json", "vllm/helper.py"]
     assert (toy.tree / "vllm/helper.py").read_text().endswith("return 1\n")
     assert (toy.tree / "vllm/data.json").read_text() == "{}\n"
 
@@ -151,6 +153,36 @@ def test_refresh_never_undoes_a_patch_that_was_pulled(toy):
     assert (toy.patches / SECOND).read_text() == pulled
     assert make_tree.make_tree(toy) is True
     assert "return 7" in (toy.tree / "vllm/helper.py").read_text()
+
+
+def test_refresh_fails_where_no_patch_owns_an_edit(toy, monkeypatch):
+    monkeypatch.setattr(refresh_patches, "Layout", lambda: toy)
+    monkeypatch.setattr(sys, "argv", ["refresh"])
+    make_tree.make_tree(toy)
+    assert refresh_patches.main() == 0
+    helper = toy.tree / "vllm/helper.py"
+    helper.write_text(helper.read_text().replace("return 1", "return 7"))
+    (toy.tree / "vllm/fresh.py").write_text("x = 1\n")
+    with pytest.raises(fork.ForkError, match=r"no patch owns: vllm/fresh.py; `make refresh ARGS=\"--add-to NAME.patch"):
+        refresh_patches.main()
+    assert "+    return 7" in (toy.patches / SECOND).read_text()  # the owned ones are written all the same
+
+
+def test_refresh_gives_unowned_edits_to_a_patch(toy, monkeypatch):
+    monkeypatch.setattr(refresh_patches, "Layout", lambda: toy)
+    monkeypatch.setattr(sys, "argv", ["refresh", "--add-to", FIRST])
+    make_tree.make_tree(toy)
+    (toy.tree / "vllm/fresh.py").write_text("x = 1\n")
+    (toy.tree / "vllm/data.json").write_text("[]\n")
+    (toy.tree / "LICENSE").unlink()
+    assert refresh_patches.main() == 0
+    files = {diff.path: diff for diff in patchfile.parse(FIRST, (toy.patches / FIRST).read_text()).files}
+    assert list(files) == ["LICENSE", "vllm/core.py", "vllm/data.json", "vllm/fresh.py"]
+    assert files["vllm/fresh.py"].created and files["LICENSE"].deleted
+    assert make_tree.make_tree(toy) is False and make_tree.unsaved_edits(toy) == []
+    monkeypatch.setattr(sys, "argv", ["refresh", "--add-to", "core-not-there.patch"])
+    with pytest.raises(fork.ForkError, match="core-not-there.patch is not applied"):
+        refresh_patches.main()
 
 
 def test_refresh_without_a_tree_says_what_to_run(toy):

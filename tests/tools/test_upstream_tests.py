@@ -1,8 +1,7 @@
 """make test-upstream: which outcomes count as a difference, and what is run."""
 
-import fork
-import upstream_tests
-from upstream_tests import FAILED, PASSED, SKIPPED
+from scripts import fork, upstream_tests
+from scripts.upstream_tests import FAILED, PASSED, SKIPPED
 
 JUNIT = """<?xml version="1.0"?><testsuites><testsuite>
 <testcase classname="tests.v1.a" name="good"/>

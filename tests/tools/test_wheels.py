@@ -5,15 +5,10 @@ import subprocess
 import sys
 import zipfile
 
-import environment
-import fetch_source
-import fork
-import make_tree
 import pytest
-import wheels
 from wheel.wheelfile import WheelFile
 
-import build
+from scripts import build, environment, fetch_source, fork, make_tree, wheels
 
 from .conftest import FIRST, KERNEL, RELEASE, VERSION_FILE, write_series
 
