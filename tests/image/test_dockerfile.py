@@ -142,7 +142,9 @@ def test_without_its_arguments_the_build_stops_with_a_sentence():
 
 
 def test_secrets_reach_every_step_that_downloads_packages_and_no_layer():
-    steps = [text for stage in STAGES for text in read(stage, "RUN") if re.search(r"scripts\.environment|make wheel", text)]
+    steps = [
+        text for stage in STAGES for text in read(stage, "RUN") if re.search(r"scripts\.environment|make wheel", text)
+    ]
     assert len(steps) >= 3
     for text in steps:
         assert "--mount=type=secret,id=pip.conf,target=/etc/pip.conf " in text
@@ -170,6 +172,25 @@ def test_the_context_has_what_copy_names():
         for word in text.split()[:-1]
     }
     assert first == "*" and kept == {*build_image.CONTEXT, *copied} - {".", ".dockerignore"}
+
+
+@pytest.mark.skipif(not shutil.which("buildah"), reason="buildah is not installed (Debian: buildah)")
+@pytest.mark.skipif(os.getuid() != 0, reason="buildah without user namespaces needs root")
+def test_the_context_has_what_the_build_reads_and_nothing_else(tmp_path):
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    store = ["--storage-driver", "vfs", "--root", tmp_path / "store", "--runroot", tmp_path / "run"]
+    build = ["build", "--isolation", "chroot", "--file", tmp_path / "Dockerfile", "--output", tmp_path / "context", "."]
+    done = subprocess.run(["buildah", *store, *build], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    context = tmp_path / "context"
+    files = {str(path.relative_to(context)) for path in context.rglob("*") if not path.is_dir()}
+    names = {"Makefile", "UPSTREAM", "VERSION", "patches/series", "scripts/build.py", "scripts/overlay_wheel.py"}
+    started = {"scripts/docker/entrypoint.sh", "scripts/docker/healthcheck.py"}
+    assert names | {"scripts/lock-cpu.txt"} <= files
+    assert {f"patches/{name}" for name, _ in fork.read_series(fork.Layout().series)} <= files
+    assert {file.split("/")[0] for file in files} == {"Makefile", "UPSTREAM", "VERSION", "patches", "scripts"}
+    assert {file for file in files if file.startswith("scripts/docker/")} == started
+    assert not [file for file in files if file.endswith((".pyc", "~")) or "__pycache__" in file]
 
 
 # the health check
