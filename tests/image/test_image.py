@@ -1,7 +1,7 @@
 """The CPU image, built with buildah and served from in a chroot: no container engine's daemon or registry.
 
 Needs root, buildah and mmdebstrap, and takes a quarter of an hour, so it runs when asked for:
-build/venv/bin/python -m pytest -m long tests/image
+build/venv/bin/python -m pytest -m long tests/image/test_image.py
 """
 
 import itertools
