@@ -82,7 +82,7 @@ pack-gpu: ## pieces that bring bench-gpu to a machine without a network, in buil
 	@$(RUN).build $(DEVICE_OPTION)
 	@exec $(VENV) -m scripts.pack_gpu $(ARGS)
 
-docker: ## the container image uniprefill-vllm:DEVICE, with docker or podman (scripts/docker/README.md)
+docker: ## the container image uniprefill-vllm:DEVICE, with docker, podman or buildah (scripts/docker/README.md)
 	@$(RUN).build_image $(DEVICE_OPTION) -- $(ARGS)
 
 rebase-check: ## TO=x.y.z: for each patch clean, offset, conflict, or already upstream

@@ -1,4 +1,4 @@
-"""Build the container image with docker or podman, and tag it uniprefill-vllm:VERSION-DEVICE and :DEVICE.
+"""Build the container image with docker, podman or buildah, and tag it uniprefill-vllm:VERSION-DEVICE and :DEVICE.
 
 The package index that pip uses here, with its login and certificates, reaches the build as secrets:
 no layer of the image has them. What follows `--` goes to the engine's `build` as it is.
@@ -19,6 +19,7 @@ from scripts.build import choose_device, has_nvidia_gpu
 from scripts.fork import ROOT, ForkError, Layout, read_upstream, read_version, run_main, say, series_sha256
 
 NAME = "uniprefill-vllm"
+ENGINES = ("docker", "podman", "buildah")
 DOCKERFILE = "scripts/docker/Dockerfile"
 CONTEXT = ("Makefile", "UPSTREAM", "VERSION", "patches", "scripts", ".dockerignore")
 # pip's settings that say where packages come from
@@ -70,9 +71,9 @@ def write_secrets(config: dict[str, str], folder: Path) -> dict[str, Path]:
 
 
 def find_engine() -> str:
-    """docker or podman, whichever answers."""
+    """The first of docker, podman and buildah that answers."""
     problems = []
-    for name in ("docker", "podman"):
+    for name in ENGINES:
         path = shutil.which(name)
         if not path:
             problems.append(f"{name} is not installed")
@@ -81,15 +82,15 @@ def find_engine() -> str:
         if done.returncode == 0:
             return path
         problems.append(f"{name} does not answer ({(done.stderr.strip().splitlines() or ['no reason given'])[-1]})")
-    raise ForkError(f"No container engine: {'; '.join(problems)}; install or start docker or podman.")
+    raise ForkError(f"No container engine: {'; '.join(problems)}; install or start {' or '.join(ENGINES)}.")
 
 
 def build_command(
     engine: str, device: str, arguments: dict[str, str], secrets: dict[str, Path], extra: Sequence[str]
 ) -> list[str]:
     command = [engine, "build", "--file", DOCKERFILE, "--target", device]
-    if Path(engine).name == "podman":
-        command += ["--format", "docker"]  # its own format has no health check
+    if Path(engine).name != "docker":
+        command += ["--format", "docker"]  # their own format has no health check
     for tag in (f"{arguments['VERSION']}-{device}", device):
         command += ["--tag", f"{NAME}:{tag}"]
     for name, value in arguments.items():

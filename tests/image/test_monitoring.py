@@ -29,7 +29,7 @@ def registered():
 
 def test_registered_metrics_are_found(registered):
     assert registered["vllm:uniprefill_requests_total"] == {"model_name", "engine", "outcome", "reason"}
-    assert registered["vllm:uniprefill_keep_ratio_bucket"] == {"model_name", "engine", "le"}
+    assert registered["vllm:uniprefill_computed_share_bucket"] == {"model_name", "engine", "le"}
     assert "vllm:num_requests_running" in registered and "vllm:num_requests_running_total" not in registered
 
 
@@ -55,9 +55,10 @@ def test_query_is_promql(title):
 def test_dashboard_shows_what_it_must():
     read = {name for query in dashboard.queries().values() for name in dashboard.series_and_labels(query)[0]}
     grouped = {label for query in dashboard.queries().values() for label in re.findall(r"by \(([^)]*)\)", query)}
-    assert {"vllm:uniprefill_keep_ratio_bucket", "vllm:uniprefill_kept_tokens_total"} <= read
+    assert {"vllm:uniprefill_computed_share_bucket", "vllm:uniprefill_entered_tokens_total"} <= read
     assert {"vllm:uniprefill_prompt_tokens_total", "vllm:uniprefill_requests_total"} <= read
     assert {"vllm:uniprefill_time_to_first_token_seconds_bucket", "vllm:inter_token_latency_seconds_bucket"} <= read
+    assert {"vllm:uniprefill_lane_busy_seconds_total", "vllm:uniprefill_lane_waiting"} <= read
     assert {"vllm:kv_cache_usage_perc", "vllm:num_requests_waiting"} <= read
     assert {"segment", "le, outcome", "reason"} <= grouped
 
