@@ -9,11 +9,15 @@ MODEL ?=
 LENGTHS ?=
 LIMIT ?=
 TASKS ?=
+# of bench, bench-load, eval and bench-gpu: the folder of the result; empty: build/results
+RESULTS ?=
 TO ?=
 
 RUN := $(PYTHON) -m scripts
 VENV := build/venv/bin/python
 DEVICE_OPTION := $(if $(DEVICE),--device $(DEVICE))
+MODEL_OPTION := $(if $(MODEL),--model '$(MODEL)')
+RESULTS_OPTION := $(if $(RESULTS),--results '$(RESULTS)')
 
 .DEFAULT_GOAL := help
 .PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench bench-load soak \
@@ -58,25 +62,25 @@ test-upstream: build ## vLLM's own CPU tests, on the release and on the patched 
 	@exec $(VENV) -m scripts.upstream_tests $(ARGS)
 
 bench: build ## times, dense against pruned: gain by length, its parts, decode
-	@exec $(VENV) -m evals.bench $(ARGS)
+	@exec $(VENV) -m evals.bench $(MODEL_OPTION) $(RESULTS_OPTION) $(ARGS)
 
 bench-load: build ## a live server under short and long prompts at once, with vllm bench serve
-	@exec $(VENV) -m evals.bench.load $(ARGS)
+	@exec $(VENV) -m evals.bench.load $(MODEL_OPTION) $(RESULTS_OPTION) $(ARGS)
 
 soak: build ## half an hour of random traffic and faults against a live server
 	@$(if $(MODEL),echo 'make soak checks answers that only the needle model gives: leave MODEL out' >&2; exit 2;) \
 		exec $(VENV) -m evals.soak $(ARGS)
 
 eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
-	@exec $(VENV) -m evals.lm $(if $(MODEL),--model '$(MODEL)') $(if $(LENGTHS),--lengths '$(LENGTHS)') \
+	@exec $(VENV) -m evals.lm $(MODEL_OPTION) $(RESULTS_OPTION) $(if $(LENGTHS),--lengths '$(LENGTHS)') \
 		$(if $(LIMIT),--limit '$(LIMIT)') $(if $(TASKS),--tasks '$(TASKS)') $(ARGS)
 
 bench-gpu: ## kernel checks and benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU, in one call
-	@exec sh evals/gpu/run.sh $(ARGS)
+	@exec sh scripts/bench_gpu.sh $(RESULTS_OPTION) $(ARGS)
 
 pack-gpu: ## pieces that bring bench-gpu to a machine without a network, in build/gpu
 	@$(RUN).build $(DEVICE_OPTION)
-	@exec $(VENV) -m evals.gpu.pack $(ARGS)
+	@exec $(VENV) -m scripts.pack_gpu $(ARGS)
 
 docker: ## the container image uniprefill-vllm:DEVICE, with docker or podman (scripts/docker/README.md)
 	@$(RUN).build_image $(DEVICE_OPTION) -- $(ARGS)

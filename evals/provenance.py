@@ -1,19 +1,49 @@
-"""Make sure that the patched package is what runs, and say what was measured where.
+"""What every evaluation and benchmark shares: what runs and where, and the command line's common options.
 
-Every evaluation and benchmark calls `provenance()` first and puts its answer into its result.
+Each calls `provenance()` first, which makes sure that the patched package is what runs, and puts its answer into its
+result.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.fork import ForkError, Layout, read_upstream, read_version, series_sha256
+from scripts.fork import ROOT, ForkError, Layout, read_upstream, read_version, series_sha256
 
 FEATURE = "vllm.v1.uniprefill"
+RESULTS = ROOT / "build" / "results"
+
+
+def add_results_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="where the result goes (default: build/results; evals/results holds those that the README quotes)",
+    )
+
+
+def count_argument(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("at least 1 is needed")
+    return value
+
+
+def command_line(task: str, argv: Sequence[str]) -> str:
+    """The make command that measures the same: all arguments but where the result goes."""
+    words = list(argv)
+    if "--results" in words:
+        del words[(at := words.index("--results")) : at + 2]
+    return shlex.join(["make", task, *([f"ARGS={shlex.join(words)}"] if words else [])]).replace(f"{ROOT}/", "")
 
 
 def package_problem(version: str, has_feature: bool, expected: set[str]) -> str | None:

@@ -2,7 +2,8 @@
 
 Runs alike on the pristine release and on the fork, so it needs vLLM alone. JOB is JSON:
 engine (arguments of LLM), prompts (token ids, by name), requests (extra_args or null, by name),
-new_tokens, repeats. RESULT says what ran, and the seconds per token of every prompt and request.
+new_tokens, repeats. RESULT says what ran, and of every prompt and request the seconds to the first
+token and those per token behind it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def seconds_per_token(llm: Any, ids: list[int], extra_args: dict | None, new_tokens: int) -> float:
-    """From the first token to the last one, by the engine's own clock."""
+def seconds_of(llm: Any, ids: list[int], extra_args: dict | None, new_tokens: int) -> tuple[float, float]:
+    """To the first token, and per token from there to the last one, by the engine's own clock."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
@@ -33,7 +34,7 @@ def seconds_per_token(llm: Any, ids: list[int], extra_args: dict | None, new_tok
     if extra_args and (output.uniprefill["outcome"] == "pruned") != pruned:
         raise RuntimeError(f"asked for {extra_args}, got {output.uniprefill}")
     times = output.metrics
-    return (times.last_token_ts - times.first_token_ts) / (new_tokens - 1)
+    return times.first_token_ts - times.queued_ts, (times.last_token_ts - times.first_token_ts) / (new_tokens - 1)
 
 
 def main(job_file: str, result_file: str) -> None:
@@ -44,16 +45,17 @@ def main(job_file: str, result_file: str) -> None:
     # CUDA graphs are what decodes on a GPU; a CPU has none.
     eager = current_platform.is_cpu()
     llm = vllm.LLM(**job["engine"], enforce_eager=eager, disable_log_stats=False)
-    seconds: dict[str, dict[str, list[float]]] = {
-        prompt: {request: [] for request in job["requests"]} for prompt in job["prompts"]
-    }
+    first, seconds = (
+        {prompt: {request: [] for request in job["requests"]} for prompt in job["prompts"]} for _ in range(2)
+    )
     for repetition in range(job["repeats"] + 1):  # the first warms up
         for prompt, ids in job["prompts"].items():
             for request, extra_args in job["requests"].items():
-                value = seconds_per_token(llm, ids, extra_args, job["new_tokens"])
+                values = seconds_of(llm, ids, extra_args, job["new_tokens"])
                 if repetition > 0:
-                    seconds[prompt][request].append(value)
-    result = {"package": vllm.__version__, "file": vllm.__file__, "seconds": seconds}
+                    for kind, value in zip((first, seconds), values, strict=True):
+                        kind[prompt][request].append(value)
+    result = {"package": vllm.__version__, "file": vllm.__file__, "first": first, "seconds": seconds}
     Path(result_file).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
 

@@ -1,25 +1,24 @@
-"""In-process engines, timed requests, and the stopwatch of a pruned prefill's parts."""
+"""Engines in this process, the requests that are timed in them, and what every part measures with."""
 
 from __future__ import annotations
 
+import argparse
 import gc
-import json
 import os
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evals.bench.arithmetic import ModelShape
+from evals.bench import hooks
+from evals.bench.arithmetic import rotated, size_label
+from evals.bench.shapes import ModelShape, Prompts, Shape, read_config
+from scripts.fork import ForkError, say
 
 if TYPE_CHECKING:
     from vllm import LLM
-    from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
-
-MAX_NUM_SEQS = 4
 
 
 def prepare_environment() -> None:
@@ -28,58 +27,70 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def engine_arguments(
-    model: Path, load_format: str, max_prompt: int, new: int, seqs: int = MAX_NUM_SEQS, resident: int = 1
-) -> dict[str, Any]:
-    """Arguments of LLM(...) for prompts that prefill in one step.
+# On a GPU: a server's budget, compiled and captured as stock does by default, but for few sizes, since each takes time.
+GPU_DEFAULTS = {"max_num_batched_tokens": 8192, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
 
-    Args:
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine with vLLM's default number of tokens a step: longer prompts take several.
+
+    Attributes:
+        cuts: its selection layers.
         max_prompt: tokens of the longest prompt.
         new: tokens to generate.
         seqs: requests that run together.
         resident: how many of the longest prompts the KV cache holds.
 
     """
-    max_model_len = max_prompt + new
-    config = json.loads((model / "config.json").read_text())
-    # A prompt of the model's full length still gets its tokens.
-    positions = max(config["max_position_embeddings"], max_model_len)
-    return {
-        "model": str(model),
-        "load_format": load_format,
-        "dtype": "bfloat16",
-        "skip_tokenizer_init": True,
-        "use_tqdm_on_load": False,
-        "hf_overrides": {"max_position_embeddings": positions},
-        "max_model_len": max_model_len,
-        "max_num_seqs": seqs,
-        "max_num_batched_tokens": max_model_len + seqs,
-        "kv_cache_memory_bytes": kv_cache_bytes(ModelShape.from_config(config), max_model_len * resident),
-        "enable_prefix_caching": False,
-        "distributed_executor_backend": "uni",
-        "seed": 0,
-    }
+
+    cuts: tuple[int, ...]
+    max_prompt: int
+    new: int = 1
+    seqs: int = 8
+    resident: int = 1
+
+    def arguments(self, model: Path, load_format: str) -> dict[str, Any]:
+        """Of LLM(...), but for UniPrefill's config."""
+        max_model_len = self.max_prompt + self.new
+        config = read_config(model)
+        # A prompt of the model's full length still gets its tokens.
+        positions = max(config["max_position_embeddings"], max_model_len)
+        tokens = max_model_len * self.resident * 9 // 8 + 4096
+        return {
+            "model": str(model),
+            "load_format": load_format,
+            "dtype": "bfloat16",
+            "skip_tokenizer_init": True,
+            "use_tqdm_on_load": False,
+            "hf_overrides": {"max_position_embeddings": positions},
+            "max_model_len": max_model_len,
+            "max_num_seqs": self.seqs,
+            "kv_cache_memory_bytes": ModelShape.from_config(config).kv_bytes_per_token * tokens,
+            "enable_prefix_caching": False,
+            "distributed_executor_backend": "uni",
+            "seed": 0,
+        }
 
 
-def kv_cache_bytes(shape: ModelShape, tokens: int) -> int:
-    """Room for that many tokens and some more."""
-    return shape.kv_bytes_per_token * (tokens * 9 // 8 + 4096)
+def resolved_cuts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers that the engine chooses to cut after.
 
+    Raises:
+        ForkError: if it refuses the model, in its own sentence.
 
-def refusal(arguments: dict[str, Any]) -> str | None:
-    """Why the engine does not prune this model, in its own sentence; None if it does."""
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     known = {name: value for name, value in arguments.items() if name != "use_tqdm_on_load"}
     try:
-        EngineArgs(**known, uniprefill_config={}).create_engine_config()
+        made = EngineArgs(**known, uniprefill_config={}).create_engine_config()
     except ValueError as error:
-        text = str(error)
-        begin = text.find("--uniprefill-config")
-        if begin < 0:
+        _, flag, sentence = str(error).partition("--uniprefill-config")
+        if not flag:
             raise
-        return text[begin:].partition("\n")[0].partition(" [type=")[0]
-    return None
+        raise ForkError(flag + sentence.partition("\n")[0].partition(" [type=")[0]) from None
+    return tuple(made.uniprefill_config.selection_layers)
 
 
 @contextmanager
@@ -97,16 +108,6 @@ def engine(arguments: dict[str, Any]) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def model_runner_of(llm: LLM) -> Any:
-    """vLLM's model runner in this process."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner
-
-
-def segment_runner_of(llm: LLM) -> SegmentRunner:
-    return model_runner_of(llm).model_state.segment_runner
-
-
 @dataclass(frozen=True)
 class Sample:
     """One request: seconds from submission to its output, that output, and the report."""
@@ -114,6 +115,11 @@ class Sample:
     seconds: float
     first_token: int
     report: dict[str, Any]
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """(layers, prompt tokens alive) of each segment."""
+        return [(s["layers"][1] - s["layers"][0] + 1, s["tokens_in"]) for s in self.report["segments"]]
 
 
 @dataclass(frozen=True)
@@ -145,14 +151,9 @@ def first_token(llm: LLM, ids: Sequence[int], variant: Variant) -> Sample:
     """Submit one prompt and wait for its first token."""
     from vllm import SamplingParams, TokensPrompt
 
-    # The engine reads this at every selection; requests cannot set it.
-    segment_runner_of(llm).config.top_p_over = variant.top_p_over
-    params = SamplingParams(
-        max_tokens=1,
-        temperature=0,
-        detokenize=False,
-        extra_args=variant.extra_args | {"uniprefill_report": 1},
-    )
+    hooks.set_top_p_over(llm, variant.top_p_over)
+    extra_args = variant.extra_args | {"uniprefill_report": 1}
+    params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra_args)
     prompt = TokensPrompt(prompt_token_ids=list(ids))
     started = time.perf_counter()
     (output,) = llm.generate([prompt], params, use_tqdm=False)
@@ -165,98 +166,92 @@ def first_token(llm: LLM, ids: Sequence[int], variant: Variant) -> Sample:
     return Sample(seconds, output.outputs[0].token_ids[0], report)
 
 
-@dataclass
-class Stopwatch:
-    """Named spans of time.
+@dataclass(frozen=True)
+class Bench:
+    """What a part measures with.
 
     Attributes:
-        mark: takes the time now, in whatever form.
-        between: the seconds between two marks.
+        folder: the model's, loaded with `load_format`.
+        model: its sizes.
+        options: of the command line.
+        facts: what a part says beside its rows goes into it.
+        llm: the engine, for the parts that ask for one, with its `cuts`.
 
     """
 
-    mark: Callable[[], Any]
-    between: Callable[[Any, Any], float]
-    spans: list[tuple[str, Any, Any]] = field(default_factory=list)
+    shape: Shape
+    folder: Path
+    load_format: str
+    model: ModelShape
+    prompts: Prompts
+    device: str
+    options: argparse.Namespace
+    facts: dict[str, Any]
+    llm: LLM | None = None
+    cuts: tuple[int, ...] = ()
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            begin = self.mark()
-            result = function(*args, **kwargs)
-            self.spans.append((name, begin, self.mark()))
-            return result
+    @property
+    def repeats(self) -> int:
+        return self.options.repeats
 
-        return call
+    @property
+    def by_ratio(self) -> Variant:
+        return keep_ratio_variant(self.shape.keep_ratio)
 
-    def seconds(self) -> dict[str, list[float]]:
-        """The durations of each name's spans, in the order in which they ended."""
-        found: dict[str, list[float]] = defaultdict(list)
-        for name, begin, end in self.spans:
-            found[name].append(self.between(begin, end))
-        return dict(found)
+    @property
+    def one_at_a_time(self) -> EngineSpec:
+        """The engine for single prompts of every length, with all cuts."""
+        return EngineSpec(self.shape.selection_layers or (), self.shape.lengths[-1])
 
+    @property
+    def all_and_first_cut(self) -> list[EngineSpec]:
+        spec = self.one_at_a_time
+        return list(dict.fromkeys((spec, replace(spec, cuts=spec.cuts[:1]))))
 
-def host_stopwatch() -> Stopwatch:
-    """Wall time; on a GPU every mark waits for it, so the parts do not overlap."""
-    import torch
+    def arguments(self, spec: EngineSpec) -> dict[str, Any]:
+        arguments = spec.arguments(self.folder, self.load_format)
+        return arguments if self.device == "cpu" else arguments | GPU_DEFAULTS
 
-    gpu = torch.cuda.is_available()
+    @contextmanager
+    def started(self, spec: EngineSpec) -> Iterator[Bench]:
+        """The bench with an engine."""
+        say(f"starting an engine for {spec.seqs} requests, cuts after {','.join(map(str, spec.cuts))}")
+        config = {"selection_layers": list(spec.cuts)}
+        with engine(self.arguments(spec) | {"uniprefill_config": config, "enforce_eager": self.device == "cpu"}) as llm:
+            yield replace(self, llm=llm, cuts=spec.cuts)
+            del llm  # the next engine needs the memory
 
-    def mark() -> float:
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def run(self, tokens: int, seed: int, variant: Variant) -> Sample:
+        return first_token(self.llm, self.prompts.ids(tokens, seed), variant)
 
-    return Stopwatch(mark, lambda begin, end: end - begin)
-
-
-def device_stopwatch() -> Stopwatch:
-    """The GPU's own time, by CUDA events, which disturb nothing; wall time without a GPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return host_stopwatch()
-
-    def mark() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
-
-    return Stopwatch(mark, between)
+    def place(self, tokens: int) -> dict[str, Any]:
+        """What a row of a pruned prefill begins with."""
+        return {"tokens": tokens, "selection_layers": list(self.cuts), "variant": self.by_ratio.name}
 
 
-@contextmanager
-def instrumented(model_runner: Any, stopwatch: Stopwatch) -> Iterator[None]:
-    """Time the parts of the pruning steps meanwhile.
+def place_label(row: Mapping[str, Any]) -> str:
+    cuts = ",".join(map(str, row["selection_layers"]))
+    return f"{row['variant']} at {size_label(row['tokens'])}, cuts after {cuts}"
 
-    Spans: run (the whole of it), embed (in the first model span), model (once a segment; holds
-    score), per cut score, select, compact and metadata; and behind run, sample.
+
+def alternate(what: str, bench: Bench, jobs: Sequence[tuple[int, Variant]]) -> list[list[Sample]]:
+    """Run the jobs in turn, `repeats` times after one warm-up; the samples of each job.
+
+    Every repetition has its own prompts, and begins with another job.
     """
-    from vllm.v1.worker.gpu.uniprefill import runner as runner_module
-    from vllm.v1.worker.gpu.uniprefill.capture import MassCapture
+    samples: list[list[Sample]] = [[] for _ in jobs]
+    for repetition in range(bench.repeats + 1):
+        line = []
+        for index in rotated(range(len(jobs)), repetition):
+            tokens, variant = jobs[index]
+            sample = bench.run(tokens, repetition, variant)
+            line.append(f"{variant.name} {size_label(tokens)} {sample.seconds:.3f} s")
+            if repetition > 0:
+                samples[index].append(sample)
+        step = f"repetition {repetition}/{bench.repeats}" if repetition else "warm-up"
+        say(f"{what}, {step}: {', '.join(line)}")
+    return samples
 
-    runner: SegmentRunner = model_runner.model_state.segment_runner
-    inner = runner.bounded_model
-    run, build_metadata = runner.run, runner.build_metadata
-    compact, score = runner_module._compact, MassCapture._score
 
-    def run_with_timed_model(model: Callable[..., Any], *args: Any) -> Any:
-        return run(stopwatch.timed("model", model), *args)
-
-    runner.run = stopwatch.timed("run", run_with_timed_model)
-    runner._select = stopwatch.timed("select", runner._select)
-    runner.build_metadata = stopwatch.timed("metadata", build_metadata)
-    inner.embed_input_ids = stopwatch.timed("embed", inner.embed_input_ids)
-    model_runner.sample = stopwatch.timed("sample", model_runner.sample)
-    runner_module._compact = stopwatch.timed("compact", compact)
-    MassCapture._score = stopwatch.timed("score", score)
-    try:
-        yield
-    finally:
-        del runner.run, runner._select, inner.embed_input_ids, model_runner.sample
-        runner.build_metadata = build_metadata
-        runner_module._compact, MassCapture._score = compact, score
+def seconds_of(samples: Sequence[Sample]) -> list[float]:
+    return [sample.seconds for sample in samples]

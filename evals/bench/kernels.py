@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from evals.bench.arithmetic import ModelShape, compare, selection_floor, size_label, spread
+from evals.bench import report
+from evals.bench.arithmetic import compare, rotated, size_label, spread
+from evals.bench.engine import Bench
+from evals.bench.shapes import ModelShape
 from scripts.fork import say
 
 if TYPE_CHECKING:
@@ -22,6 +25,45 @@ if TYPE_CHECKING:
 NUM_QUERIES, BLOCK_SIZE, SINK, RECENT = 128, 64, 128, 128
 CACHE_BYTES = 256 << 20  # inputs in turn from this much memory, so that no cache holds them
 MOST_SETS = 8
+SELECTION_SECONDS = 1e-3
+LONG = 131072
+
+
+def measure(bench: Bench) -> Iterator[dict[str, Any]]:
+    """This machine's ceilings go beside the rows."""
+    bench.facts["ceilings"] = rates = ceilings(bench.device, small=bench.shape.name == "tiny")
+    bench.facts["too_long_for_plain_torch"] = too_long = [
+        n for n in bench.shape.kernel_lengths if not fits(bench.model, n, free_memory(bench.device))
+    ]
+    for tokens in bench.shape.kernel_lengths:
+        if tokens not in too_long:
+            yield measure_kernels(bench.model, tokens, bench.repeats, rates, bench.device)
+
+
+def work_of(
+    shape: ModelShape, tokens: int, num_queries: int = NUM_QUERIES, block_size: int = BLOCK_SIZE
+) -> dict[str, int]:
+    """The least that scoring a prompt's blocks in one layer takes, and what our kernels add.
+
+    Returns:
+        bytes: keys and queries read once, masses written once.
+        flops: q·k of every query and key (the causal corner of the last queries is not taken off).
+        workspace_bytes: what the kernels write once and read twice between them.
+
+    """
+    blocks = -(-tokens // BLOCK_SIZE)
+    rows = tokens * shape.kv_heads + NUM_QUERIES * shape.heads
+    return {
+        "bytes": rows * shape.head_dim * 2 + blocks * 4,
+        "flops": 2 * NUM_QUERIES * shape.heads * tokens * shape.head_dim,
+        "workspace_bytes": 3 * blocks * NUM_QUERIES * shape.heads * 4,
+    }
+
+
+def floor_seconds(work: dict[str, int], rates: dict[str, float]) -> dict[str, float]:
+    """By unit, at the rates; `floor` is the larger."""
+    memory, compute = work["bytes"] / rates["bytes_per_second"], work["flops"] / rates["flops_per_second"]
+    return {"memory": memory, "compute": compute, "floor": max(memory, compute)}
 
 
 def plain_block_mass(query: torch.Tensor, key: torch.Tensor, block_size: int, scale: float) -> torch.Tensor:
@@ -37,27 +79,17 @@ def plain_block_mass(query: torch.Tensor, key: torch.Tensor, block_size: int, sc
     return torch.nn.functional.pad(mass, (0, -tokens % block_size)).view(-1, block_size).sum(1)
 
 
-def timer(device: str) -> Callable[[Callable[[], Any], int], float]:
-    """(function, calls) -> seconds a call: events around calls that queue up on a GPU, else wall time."""
+def seconds_a_call(function: Callable[[], Any], calls: int, device: str) -> float:
+    """Of calls that follow one another; on a GPU they queue up."""
     import torch
 
-    def on_gpu(function: Callable[[], Any], calls: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-        for _ in range(calls):
-            function()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / calls
-
-    def on_cpu(function: Callable[[], Any], calls: int) -> float:
-        begin = time.perf_counter()
-        for _ in range(calls):
-            function()
-        return (time.perf_counter() - begin) / calls
-
-    return on_gpu if device == "cuda" else on_cpu
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        function()
+    wait()
+    return (time.perf_counter() - begin) / calls
 
 
 def ceilings(device: str, small: bool = False) -> dict[str, float]:
@@ -67,13 +99,13 @@ def ceilings(device: str, small: bool = False) -> dict[str, float]:
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     size = 1 << (22 if small else 30 if device == "cuda" else 28)
     side = 256 if small else 8192 if device == "cuda" else 2048
-    timed = timer(device)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     copies, products = [], []
     for repetition in range(6):
-        copy, product = timed(lambda: target.copy_(source), 5), timed(lambda: a @ b, 3)
+        copy = seconds_a_call(lambda: target.copy_(source), 5, device)
+        product = seconds_a_call(lambda: a @ b, 3, device)
         if repetition > 0:
             copies.append(2 * size / copy)
             products.append(2 * side**3 / product)
@@ -118,8 +150,8 @@ def measure_kernels(
     from vllm.v1.uniprefill.selection import block_mass
 
     scale = shape.head_dim**-0.5
-    floor = selection_floor(shape, tokens, NUM_QUERIES, BLOCK_SIZE)
-    wanted = CACHE_BYTES // floor.bytes if device == "cuda" else 1
+    work = work_of(shape, tokens)
+    wanted = CACHE_BYTES // work["bytes"] if device == "cuda" else 1
     sets = [make_inputs(shape, tokens, device, seed) for seed in range(max(2, min(MOST_SETS, wanted)))]
     turn = 0
 
@@ -140,13 +172,11 @@ def measure_kernels(
     ours = block_mass(query, key, specs, block_size=BLOCK_SIZE, scale=scale)
     plain = plain_block_mass(query, key, BLOCK_SIZE, scale)
     difference = float((ours - plain).norm() / plain.norm())
-    timed = timer(device)
     calls = {"mass": 20, "selection": 20, "plain": 3} if device == "cuda" else dict.fromkeys(jobs, 1)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for repetition in range(repeats + 1):
-        names = list(jobs)
-        for name in names[repetition % 3 :] + names[: repetition % 3]:
-            value = timed(jobs[name], calls[name])
+        for name in rotated(list(jobs), repetition):
+            value = seconds_a_call(jobs[name], calls[name], device)
             if repetition > 0:
                 seconds[name].append(value)
     peaks = {}
@@ -156,7 +186,7 @@ def measure_kernels(
             before = torch.cuda.memory_allocated()
             jobs[name]()
             peaks[name] = torch.cuda.max_memory_allocated() - before
-    least = floor.seconds(rates["bytes_per_second"], rates["flops_per_second"])
+    least = floor_seconds(work, rates)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     say(
         f"kernels {size_label(tokens)}: masses {medians['mass'] * 1e3:.3f} ms, selection "
@@ -168,9 +198,9 @@ def measure_kernels(
         "implementation": "Triton kernels" if device == "cuda" else "torch reference",
         "seconds": {name: spread(values) for name, values in seconds.items()},
         "against_plain": compare(seconds["plain"], seconds["mass"]),
-        "work": asdict(floor),
+        "work": work,
         "floor_seconds": least,
-        "over_floor": spread(value / least["floor"] for value in seconds["mass"]),
+        "share_of_floor": spread(least["floor"] / value for value in seconds["mass"]),
         "peak_bytes": peaks,
         "difference_to_plain": difference,
     }
@@ -179,7 +209,7 @@ def measure_kernels(
 def fits(shape: ModelShape, tokens: int, free_bytes: int) -> bool:
     """Whether the plain version's scores, weights and mask fit beside the inputs."""
     scores = shape.heads * NUM_QUERIES * tokens * 4
-    return 3 * scores + MOST_SETS * selection_floor(shape, tokens, NUM_QUERIES, BLOCK_SIZE).bytes < free_bytes
+    return 3 * scores + MOST_SETS * work_of(shape, tokens)["bytes"] < free_bytes
 
 
 def free_memory(device: str) -> int:
@@ -187,3 +217,90 @@ def free_memory(device: str) -> int:
     import torch
 
     return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def expectations(result: report.Result) -> Iterator[dict[str, Any]]:
+    for row in result.get("kernels", []) if report.on_gpu(result) else ():
+        where = f"kernels at {size_label(row['tokens'])}"
+        seconds = row["seconds"]["selection"]["median"]
+        if row["tokens"] == LONG and result["settings"]["shape"] == "llama-3.1-8b":
+            yield report.expectation(
+                f"{where}: the whole selection at most {SELECTION_SECONDS * 1e3:g} ms a layer",
+                f"{seconds * 1e3:.3f} ms",
+                seconds <= SELECTION_SECONDS,
+            )
+        faster = row["against_plain"]["ratio"]
+        yield report.expectation(f"{where}: faster than plain torch", f"{faster:.1f}x", faster > 1)
+
+
+def lacks(result: report.Result) -> Iterator[str]:
+    for tokens in result.get("too_long_for_plain_torch", []):
+        yield f"kernels at {size_label(tokens)}: plain torch's scores do not fit this machine's memory"
+
+
+def section(result: report.Result) -> str:
+    rows = result.get("kernels", [])
+    if not rows:
+        return ""
+
+    def lines() -> Iterator[tuple[str, ...]]:
+        for row in rows:
+            floor, peak = row["floor_seconds"], row["peak_bytes"]
+            yield (
+                size_label(row["tokens"]),
+                *(report.milliseconds(row["seconds"][name], 3) for name in ("mass", "selection", "plain")),
+                report.gain(row["against_plain"]),
+                f"{floor['memory'] * 1e3:.3f}",
+                f"{floor['compute'] * 1e3:.3f}",
+                report.ranged(row["share_of_floor"]),
+                f"{peak['mass'] / 2**20:.0f} / {peak['plain'] / 2**20:.0f}" if peak else "–",
+                f"{row['difference_to_plain']:.1e}",
+            )
+
+    rates = result["ceilings"]
+    head = (
+        "keys",
+        "masses ms",
+        "whole selection ms",
+        "plain torch ms",
+        "gain over plain",
+        "memory floor ms",
+        "compute floor ms",
+        "floor over masses",
+        "peak MiB, masses / plain",
+        "difference",
+    )
+    note = (
+        f"One layer, one prompt, {rows[0]['implementation']}. Measured here: "
+        f"{rates['bytes_per_second'] / 1e12:.2f} TB/s copying, {rates['flops_per_second'] / 1e12:.2f} TFLOP/s in "
+        f"{rates['dtype']}; the floors are keys and queries read once, and q·k, at these. Floor over masses: 1 is at "
+        "the floor. The whole selection adds choosing blocks and finding rows. Difference: relative, of our masses "
+        "and plain torch's.\n\n"
+    )
+    return note + report.table(head, lines())
+
+
+def panels(result: report.Result) -> list[report.Panel]:
+    return [partial(draw, rows=result["kernels"])]
+
+
+def draw(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
+    lengths = report.length_axis(axis, rows, f"Selection in one layer, {rows[0]['implementation']}", "seconds")
+    axis.set_yscale("log")
+    for name, style in (("memory", ":"), ("compute", "--")):
+        values = [row["floor_seconds"][name] for row in rows]
+        axis.plot(lengths, values, color="black", linestyle=style, label=f"{name} floor")
+    labels = {"masses": "mass", "whole selection": "selection", "plain torch": "plain"}
+    report.draw_lines(axis, lengths, {label: [row["seconds"][name] for row in rows] for label, name in labels.items()})
+
+
+PART = report.Part(
+    "kernels",
+    "the selection alone, without an engine, against its floors and plain torch",
+    "The selection alone",
+    section,
+    measure,
+    expectations=expectations,
+    panels=panels,
+    lacks=lacks,
+)

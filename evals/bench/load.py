@@ -1,4 +1,4 @@
-"""The load part: `vllm bench serve` sends short and long prompts at once, dense and pruned in turn.
+"""The part load: `vllm bench serve` sends short and long prompts at once, dense and pruned in turn.
 
 Three ways to serve the same requests at the same moments:
   dense    the server runs with --uniprefill-config, and the requests ask for no pruning
@@ -12,47 +12,39 @@ prefix cache, which is off. Exit status 0: measured, also where an expectation i
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import random
-import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from evals.bench import load_report
-from evals.bench.arithmetic import spread
-from evals.bench.load_report import DENSE, LONG, NO_FLAG, PRUNED, SHORT
-from evals.bench.parts import rotated
+from evals.bench.arithmetic import rotated, size_label, spread
+from evals.bench.report import Panel, Part, Result, expectation, ranged, require_matplotlib, table, write
+from evals.bench.shapes import model_name, speaks_needle
 from evals.live_server import NAME, NEEDLE_MODEL, LiveServer, last_lines, live_server
-from evals.needle.prompts import (
-    KEYS,
-    MAX_TOKENS,
-    TAIL_TOKENS,
-    VALUES,
-    key_statement,
-    make_filler,
-    make_prompt,
-    make_tail,
-    starts_with_answer,
-)
-from evals.provenance import provenance
-from scripts.fork import ROOT, ForkError, run_main, say
+from evals.needle import prompts as needle
+from evals.provenance import add_results_option, command_line, count_argument, provenance
+from scripts.fork import ForkError, run_main, say
 
+SHORT, LONG = "short", "long"
+DENSE, PRUNED, NO_FLAG = "dense", "pruned", "no flag"
 SHORT_TOKENS = 200
 NEW_TOKENS = 64
 MAX_NUM_SEQS = 16
 UNBOUNDED = "inf"
-PERCENTILES = (50, 99)
 RUN_SECONDS = 1800  # a run that takes longer hangs
+LEAST_GAIN = 0.95  # nearer to 1 is not told from noise
+TIMES = ("TTFT p50", "TTFT p99", "ITL p50", "ITL p99")
 
 
 @dataclass(frozen=True)
@@ -83,38 +75,35 @@ class Mix:
 
 
 def long_question(tokens: int, seed: int) -> tuple[str, str]:
-    made = make_prompt("multikey", tokens, seed)
+    made = needle.make_prompt("multikey", tokens, seed)
     return made.text, made.answer
 
 
 def short_question(seed: int) -> tuple[str, str]:
     """One statement in a little filler: shorter than the needle prompts are."""
     rng = random.Random(f"load/{seed}")
-    key, value = rng.choice(KEYS), rng.choice(VALUES)
-    tail = make_tail(rng, [key], TAIL_TOKENS)
-    statement = key_statement(key, value)
-    filler = make_filler(rng, SHORT_TOKENS - 1 - len(tail) - len(statement))
+    key, value = rng.choice(needle.KEYS), rng.choice(needle.VALUES)
+    tail = needle.make_tail(rng, [key], needle.TAIL_TOKENS)
+    statement = needle.key_statement(key, value)
+    filler = needle.make_filler(rng, SHORT_TOKENS - 1 - len(tail) - len(statement))
     cut = rng.randint(0, len(filler))
     return " ".join(filler[:cut] + statement + filler[cut:] + tail), value
 
 
-# --- servers
+# --- measured
 
 
 def server_options(mix: Mix, flag: bool) -> dict[str, str | None]:
-    longest = min(mix.long_tokens + NEW_TOKENS, MAX_TOKENS)
+    longest = min(mix.long_tokens + NEW_TOKENS, needle.MAX_TOKENS)
     options: dict[str, str | None] = {
         "--max-model-len": str(longest),
         "--max-num-seqs": str(MAX_NUM_SEQS),
         "--no-enable-prefix-caching": None,
         "--kv-cache-memory-bytes": "512M",
     }
-    if flag:
-        # a pruned prompt prefills in one step
-        options |= {
-            "--uniprefill-config": '{"top_p": 0.99}',
-            "--max-num-batched-tokens": str(longest + MAX_NUM_SEQS),
-        }
+    if flag:  # a pruned prompt prefills in one step
+        options["--uniprefill-config"] = '{"top_p": 0.99}'
+        options["--max-num-batched-tokens"] = str(longest + MAX_NUM_SEQS)
     return options
 
 
@@ -128,9 +117,6 @@ def servers(mix: Mix, model: Path, folder: Path) -> Iterator[dict[str, LiveServe
             for flag in (True, False)
         )
         yield {DENSE: with_flag, PRUNED: with_flag, NO_FLAG: without}
-
-
-# --- one run of `vllm bench serve`
 
 
 def bench_command(url: str, model: Path, dataset: Path, rate: str, seed: int, way: str, result: Path) -> list[str]:
@@ -184,12 +170,11 @@ def run_once(server: LiveServer, mix: Mix, model: Path, rate: str, seed: int, wa
     saved = json.loads(result.read_text())
     if failed := [error for error in saved["errors"] if error]:
         raise ForkError(f"load, {way}: {len(failed)} requests failed, the first with {failed[0]!r}.")
-    pruned = pruned_so_far(server, way) - before
-    if pruned != (mix.classes().count(LONG) if way == PRUNED else 0):
-        raise ForkError(f"load, {way}: the server pruned {pruned:.0f} of {mix.classes().count(LONG)} long prompts.")
-    saved["answered"] = [
-        starts_with_answer(text, answer) for text, (_, answer) in zip(saved["generated_texts"], questions, strict=True)
-    ]
+    pruned, long = pruned_so_far(server, way) - before, mix.classes().count(LONG)
+    if pruned != (long if way == PRUNED else 0):
+        raise ForkError(f"load, {way}: the server pruned {pruned:.0f} of {long} long prompts.")
+    pairs = zip(saved["generated_texts"], questions, strict=True)
+    saved["answered"] = [needle.starts_with_answer(text, answer) for text, (_, answer) in pairs]
     return saved
 
 
@@ -199,97 +184,155 @@ def pruned_so_far(server: LiveServer, way: str) -> float:
     return server.metrics().by_label("vllm:uniprefill_requests_total", "outcome").get("pruned", 0.0)
 
 
-# --- what a run says
-
-
-def summary(saved: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """Throughput and, by class, percentiles in seconds and how many were answered right."""
-    return {
-        "requests_per_second": saved["request_throughput"],
-        "classes": {
-            name: class_summary(saved, [i for i, c in enumerate(classes) if c == name]) for name in (SHORT, LONG)
-        },
-    }
-
-
-def class_summary(saved: Mapping[str, Any], members: Sequence[int]) -> dict[str, Any]:
-    first = [saved["ttfts"][i] for i in members]
-    gaps = [gap for i in members for gap in saved["itls"][i]]
-    return {
-        "requests": len(members),
-        "prompt_tokens": sorted({saved["input_lens"][i] for i in members}),
-        "right": sum(saved["answered"][i] for i in members),
-        "ttft": percentiles(first),
-        "itl": percentiles(gaps) | {"max": max(gaps)},
-    }
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    return {f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}
+def summary(saved: Mapping[str, Any], classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By class, percentiles in seconds and how many were answered right; of all, requests a second."""
+    found: dict[str, dict[str, float]] = {"all": {"requests/s": saved["request_throughput"]}}
+    for name in (SHORT, LONG):
+        members = [i for i, c in enumerate(classes) if c == name]
+        gaps = [gap for i in members for gap in saved["itls"][i]]
+        times = {"TTFT": [saved["ttfts"][i] for i in members], "ITL": gaps}
+        found[name] = {f"{what} p{p}": float(np.percentile(v, p)) for what, v in times.items() for p in (50, 99)}
+        right = sum(saved["answered"][i] for i in members)
+        found[name] |= {"ITL max": max(gaps), "right": right, "requests": len(members)}
+    return found
 
 
 def measure_load(mix: Mix, model: Path, rates: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """One row per rate: each way's rounds, and their percentiles over the rounds."""
+    """One row per rate: each way's rounds, and the spread of every number over them."""
     with TemporaryDirectory(prefix="bench-load-") as name:
         folder = Path(name)
         with servers(mix, model, folder) as ways:
-            warm_up = Mix(requests=4, long_every=2, long_tokens=mix.long_tokens)
             for way, server in ways.items():
-                run_once(server, warm_up, model, UNBOUNDED, 0, way, folder)
-            return [
-                measure_rate(
-                    mix,
-                    rate,
-                    rounds,
-                    list(ways),
-                    lambda way, seed, rate=rate: run_once(ways[way], mix, model, rate, seed, way, folder),
-                )
-                for rate in rates
-            ]
+                run_once(server, Mix(4, 2, mix.long_tokens), model, UNBOUNDED, 0, way, folder)
+
+            def run(rate: str, way: str, seed: int) -> dict[str, Any]:
+                return run_once(ways[way], mix, model, rate, seed, way, folder)
+
+            return [measure_rate(mix, rate, rounds, list(ways), partial(run, rate)) for rate in rates]
 
 
 def measure_rate(
     mix: Mix, rate: str, rounds: int, ways: Sequence[str], run: Callable[[str, int], dict[str, Any]]
 ) -> dict[str, Any]:
     """Run the ways in turn, each round beginning with another."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    found: dict[str, list[dict[str, dict[str, float]]]] = {way: [] for way in ways}
     for number in range(1, rounds + 1):
         line = []
-        for index in rotated(len(ways), number):
-            way = ways[index]
+        for way in rotated(ways, number):
             found[way].append(summary(run(way, number), mix.classes()))
-            short = found[way][-1]["classes"][SHORT]
-            line.append(
-                f"{way} short TTFT p99 {short['ttft']['p99']:.3f} s, ITL p99 {short['itl']['p99'] * 1e3:.0f} ms"
-            )
+            short = found[way][-1][SHORT]
+            line.append(f"{way} short TTFT p99 {short['TTFT p99']:.3f} s, ITL p99 {short['ITL p99'] * 1e3:.0f} ms")
         say(f"load at {rate} requests/s, round {number}/{rounds}: {'; '.join(line)}")
     return {
         "rate": rate,
-        "mix": {"requests": mix.requests, "long": mix.classes().count(LONG), "long_tokens": mix.long_tokens}
-        | {"short_tokens": SHORT_TOKENS, "new_tokens": NEW_TOKENS},
-        "ways": {way: over_rounds(summaries) for way, summaries in found.items()},
-    }
-
-
-def over_rounds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The spread over the rounds of every number."""
-    return {
-        "requests_per_second": spread(s["requests_per_second"] for s in summaries),
-        "classes": {
-            name: {
-                "requests": sum(s["classes"][name]["requests"] for s in summaries),
-                "right": sum(s["classes"][name]["right"] for s in summaries),
-                "ttft": of_rounds(summaries, name, "ttft"),
-                "itl": of_rounds(summaries, name, "itl"),
+        "mix": asdict(mix) | {"short_tokens": SHORT_TOKENS, "new_tokens": NEW_TOKENS},
+        "ways": {
+            way: {
+                name: {key: spread(one[name][key] for one in runs) for key in values}
+                for name, values in runs[0].items()
             }
-            for name in (SHORT, LONG)
+            for way, runs in found.items()
         },
     }
 
 
-def of_rounds(summaries: Sequence[Mapping[str, Any]], name: str, what: str) -> dict[str, Any]:
-    first = summaries[0]["classes"][name][what]
-    return {key: spread(s["classes"][name][what][key] for s in summaries) for key in first}
+# --- reported
+
+
+def gains(row: Mapping[str, Any], name: str, key: str, reference: str) -> dict[str, Any]:
+    """The reference's time over pruned, round by round: above 1 pruned is faster."""
+    ours, theirs = (row["ways"][way][name][key]["values"] for way in (PRUNED, reference))
+    return spread(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def expectations(result: Result) -> Iterator[dict[str, Any]]:
+    for row in result["load"]:
+        for key in ("TTFT p99", "ITL p99"):
+            gain = gains(row, SHORT, key, DENSE)
+            yield expectation(
+                f"{rate_label(row)}: short requests' {key}: gain of pruned over dense at least {LEAST_GAIN:g}, median "
+                "of the rounds",
+                f"{ranged(gain)}x",
+                gain["median"] >= LEAST_GAIN,
+            )
+
+
+def rate_label(row: Mapping[str, Any]) -> str:
+    return "all at once" if row["rate"] == UNBOUNDED else f"{row['rate']} requests/s"
+
+
+def method(mix: Mix, rounds: int) -> str:
+    long = mix.classes().count(LONG)
+    return (
+        f"`vllm bench serve`, {rounds} rounds, dense, pruned and no flag in turn: {mix.requests} requests a run, "
+        f"{long} of them with {size_label(mix.long_tokens)} prompt tokens, the others with {SHORT_TOKENS}; "
+        f"{NEW_TOKENS} tokens generated. The same prompts and arrivals for all ways of a round, no prefix cache. "
+        "Numbers are medians of the rounds [range]; gains are round by round, above 1 pruned is faster; a round's p99 "
+        f"is of about {mix.requests - long} first tokens, so nearly its slowest. Dense and pruned share a server, "
+        "whose budget takes a whole prompt in one step; no flag is a server without UniPrefill, which prefills in "
+        "chunks of vLLM's own budget."
+    )
+
+
+def section(result: Result) -> str:
+    latencies, faster, throughputs = [], [], []
+    for row in result["load"]:
+        for name in (SHORT, LONG):
+            for way, found in row["ways"].items():
+                first = [ranged(found[name][key]) for key in TIMES[:2]]
+                gaps = [ranged(found[name][key], 0, 1e3) for key in (*TIMES[2:], "ITL max")]
+                latencies.append([rate_label(row), name, way, *first, *gaps])
+            for reference in (DENSE, NO_FLAG):
+                cells = [f"{ranged(gains(row, name, key, reference))}x" for key in TIMES]
+                faster.append([rate_label(row), name, f"over {reference}", *cells])
+        for way, found in row["ways"].items():
+            classes = (found[SHORT], found[LONG])
+            right = [f"{sum(c['right']['values'])}/{sum(c['requests']['values'])}" for c in classes]
+            throughputs.append([rate_label(row), way, ranged(found["all"]["requests/s"], 3), *right])
+    units = [f"{key} {'s' if key.startswith('TTFT') else 'ms'}" for key in TIMES]
+    return "\n\n".join(
+        (
+            table(("rate", "class", "way", *units, "longest gap ms"), latencies),
+            table(("rate", "class", "gain of pruned", *TIMES), faster),
+            table(("rate", "way", "requests/s", "short answered", "long answered"), throughputs),
+        )
+    )
+
+
+def panels(result: Result) -> Iterator[Panel]:
+    """Of each rate TTFT and ITL of both classes, and the throughput."""
+    for row in result["load"]:
+        for what in ("TTFT", "ITL"):
+            yield from (partial(draw_percentiles, row=row, name=name, what=what) for name in (SHORT, LONG))
+        yield partial(draw_throughput, row=row)
+
+
+def draw_percentiles(axis: Any, row: Mapping[str, Any], name: str, what: str) -> None:
+    for at, (way, found) in enumerate(row["ways"].items()):
+        spreads = [found[name][f"{what} {key}"] for key in ("p50", "p99")]
+        middle = [s["median"] for s in spreads]
+        ends = [[s["median"] - s["min"] for s in spreads], [s["max"] - s["median"] for s in spreads]]
+        places = [p + (at - (len(row["ways"]) - 1) / 2) * 0.26 for p in range(2)]
+        axis.bar(places, middle, 0.24, yerr=ends, capsize=3, label=way)
+    axis.set_xticks(range(2), ["p50", "p99"])
+    axis.set_yscale("log")
+    axis.set_ylabel("seconds")
+    axis.set_title(f"{rate_label(row)}: {name}, {what}", fontsize=10)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def draw_throughput(axis: Any, row: Mapping[str, Any]) -> None:
+    for way, found in row["ways"].items():
+        values = found["all"]["requests/s"]["values"]
+        axis.bar([way], [statistics.median(values)])
+        axis.plot([way] * len(values), values, ".", color="black", markersize=4)
+    axis.set_ylabel("requests/s")
+    axis.set_title(f"{rate_label(row)}: throughput", fontsize=10)
+
+
+ABOUT = "short and long prompts at once, with vllm bench serve"
+PART = Part("load", ABOUT, "Latency, gain and throughput", section, expectations=expectations, panels=panels)
 
 
 # --- command line
@@ -308,22 +351,15 @@ def rates_argument(text: str) -> tuple[str, ...]:
     return rates
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals.bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--rounds", type=positive, default=5, help="(default: %(default)s)")
-    add("--requests", type=positive, default=48, help="of one run (default: %(default)s)")
-    add("--long-every", type=positive, default=6, help="one request of so many is long (default: %(default)s)")
-    add("--long-tokens", type=positive, default=16384, help="prompt tokens of a long one (default: %(default)s)")
+    add, count = parser.add_argument, count_argument
+    add("--rounds", type=count, default=5, help="(default: %(default)s)")
+    add("--requests", type=count, default=48, help="of one run (default: %(default)s)")
+    add("--long-every", type=count, default=6, help="one request of so many is long (default: %(default)s)")
+    add("--long-tokens", type=count, default=16384, help="prompt tokens of a long one (default: %(default)s)")
     add(
         "--rates",
         type=rates_argument,
@@ -331,34 +367,41 @@ def make_parser() -> argparse.ArgumentParser:
         help="requests a second, comma-separated; inf sends all at once (default: 0.6,inf: on two cores dense prefills "
         "keep up with the first, and the second shows the throughput)",
     )
-    add("--output", type=Path, default=ROOT / "evals" / "results" / "load-needle-cpu", help="without suffix")
+    add("--model", type=Path, default=NEEDLE_MODEL, metavar="FOLDER", help="another one with the needle's vocabulary")
+    add_results_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    if not 1024 <= args.long_tokens <= MAX_TOKENS - NEW_TOKENS:
-        raise ForkError(f"--long-tokens is 1024 to {MAX_TOKENS - NEW_TOKENS}: shorter prompts are never pruned.")
+    longest = needle.MAX_TOKENS - NEW_TOKENS
+    if not 1024 <= args.long_tokens <= longest:
+        raise ForkError(f"--long-tokens is 1024 to {longest}: shorter prompts are never pruned.")
     if args.requests < args.long_every:
         raise ForkError("--requests must be at least --long-every, so that one is long.")
+    if not speaks_needle(args.model):
+        raise ForkError(
+            f"make bench-load asks the needle model's questions and {args.model} does not know its words; measure "
+            "another model with `vllm bench serve --extra-body`."
+        )
+    require_matplotlib()
     mix = Mix(args.requests, args.long_every, args.long_tokens)
     load_average, origin = os.getloadavg()[0], provenance()
-    rows = measure_load(mix, NEEDLE_MODEL, args.rates, args.rounds)
+    output = args.results / f"load-{model_name(args.model)}-{origin['machine']['device']}"
     result = {
         "provenance": origin,
-        "settings": {"command": shlex.join(["python", "-m", "evals.bench.load", *argv]), "rounds": args.rounds},
+        "settings": {
+            "title": "Load: short and long prompts together",
+            "method": method(mix, args.rounds),
+            "command": command_line("bench-load", argv),
+            "rounds": args.rounds,
+        },
         "load_average": load_average,
-        "finished": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
-        "expectations": load_report.expectations(rows),
-        "load": rows,
+        "load": measure_load(mix, args.model, args.rates, args.rounds),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    json_file, md_file, png_file = (Path(f"{args.output}.{end}") for end in ("json", "md", "png"))
-    json_file.write_text(json.dumps(result, indent=1) + "\n")
-    md_file.write_text(load_report.markdown(result))
-    load_report.plot(result, png_file)
-    print(load_report.markdown(result))
+    print(write(result, [PART], output))
+    say(f"written: {output}.json, .md, .png")
     return 0
 
 

@@ -1,21 +1,104 @@
-"""What can be benchmarked: a model's shape, its prompts, and what is asked of it."""
+"""What can be benchmarked: a model's sizes, its prompts, and what is asked of it."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from evals.bench.configs import GEMMA_3_12B_CONFIG, LLAMA_CONFIG, QWEN3_NEXT_CONFIG, TINY_CONFIG
 from evals.needle.prompts import TOKEN_ID, encode, make_prompt
+from scripts.fork import ForkError
 
 NEEDLE_MODEL = Path(__file__).resolve().parents[1] / "needle" / "model"
 TASK = "multikey"  # its answer is one token, so the first token tells
+
+Segments = Sequence[tuple[int, int]]
+"""(layers in the segment, prompt tokens alive in it), in order."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder with grouped-query attention and gated MLPs.
+
+    Attributes:
+        ffn: intermediate width that one token uses: of experts, those routed to it and the shared one.
+
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """From a Hugging Face config.json.
+
+        Raises:
+            ForkError: if it has other names for its sizes than Llama's.
+
+        """
+        if lacking := {"hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"} - set(config):
+            raise ForkError(
+                f"The model's config.json lacks {min(lacking)}; choose a model with Llama's names for sizes."
+            )
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        ffn = config["intermediate_size"]
+        if experts := config.get("num_experts") or config.get("num_local_experts"):
+            width = config.get("moe_intermediate_size", ffn)
+            ffn = min(experts, config["num_experts_per_tok"]) * width + config.get("shared_expert_intermediate_size", 0)
+        kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
+        return cls(config["num_hidden_layers"], hidden, heads, kv_heads, head_dim, ffn)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Keys and values of all layers, 16 bit each."""
+        return self.layers * 2 * self.kv_heads * self.head_dim * 2
+
+    def prefill_flops(self, segments: Segments) -> int:
+        """Matrix products, and causal attention: q·k and p·v of the pairs that see each other."""
+        attention = self.heads * self.head_dim
+        qkv = self.hidden * (attention + 2 * self.kv_heads * self.head_dim)
+        a_token = 2 * (qkv + attention * self.hidden + 3 * self.hidden * self.ffn)
+        return sum(layers * tokens * (a_token + 2 * tokens * attention) for layers, tokens in segments)
+
+    def flop_gain(self, segments: Segments) -> float:
+        """Dense FLOPs over pruned FLOPs; selection is free here, and so is everything else."""
+        return self.prefill_flops([(self.layers, segments[0][1])]) / self.prefill_flops(segments)
+
+
+def model_name(model: Path) -> str:
+    """What a model folder is called in the names of results."""
+    return "needle" if model.resolve() == NEEDLE_MODEL else model.resolve().name
+
+
+def read_config(model: Path) -> dict[str, Any]:
+    """Of a model folder."""
+    if not (model / "config.json").is_file():
+        raise ForkError(f"--model {model} holds no config.json; download the model and name its folder.")
+    return json.loads((model / "config.json").read_text())
+
+
+LLAMA_CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "hidden_act": "silu",
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001,
+}  # fmt: skip
+# Small enough for a test, with grouped-query attention and enough layers to cut twice.
+TINY_CONFIG: dict[str, Any] = LLAMA_CONFIG | {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,76 +106,44 @@ class Shape:
     """Defaults of one `--shape`.
 
     Attributes:
-        efficiency_lengths: prompt lengths of the parts efficiency and breakdown.
-        prune_by: what the TTFT part prunes by.
+        selection_layers: None: those that the engine chooses.
+        config: the model's Hugging Face config, for dummy weights; None: the needle model.
+        lengths: prompt tokens of the part ttft.
+        efficiency_lengths: of the parts efficiency and breakdown; interleave uses the last.
+        prune_by: what the part ttft prunes by.
         traffic_length: prompt tokens of the part concurrency, and of the long prompts of poisson.
         kernel_lengths: prompt tokens of the part kernels.
-        config: the model's Hugging Face config, for dummy weights; None: the needle model.
 
     """
 
     name: str
-    lengths: tuple[int, ...]
-    efficiency_lengths: tuple[int, ...]
-    selection_layers: tuple[int, ...]
-    keep_ratio: float
-    prune_by: Literal["top_p", "keep_ratio"]
-    traffic_length: int
-    kernel_lengths: tuple[int, ...]
-    config: dict[str, Any] | None = None
+    selection_layers: tuple[int, ...] | None
+    config: dict[str, Any] | None
+    lengths: tuple[int, ...] = (32768, 65536, 131072)
+    efficiency_lengths: tuple[int, ...] = (131072,)
+    keep_ratio: float = 0.3
+    prune_by: Literal["top_p", "keep_ratio"] = "keep_ratio"
+    traffic_length: int = 16384
+    kernel_lengths: tuple[int, ...] = (32768, 65536, 131072)
 
 
-ON_A_GPU = {
-    "lengths": (32768, 65536, 131072),
-    "efficiency_lengths": (131072,),
-    "keep_ratio": 0.3,
-    "prune_by": "keep_ratio",
-    "traffic_length": 16384,
-    "kernel_lengths": (32768, 65536, 131072),
-}
-
+NEEDLE_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(
-            name="needle",
-            lengths=(2048, 4096, 8192, 16384, 32768),
-            efficiency_lengths=(8192, 16384),
-            selection_layers=(1, 3, 5),
-            keep_ratio=0.2,
-            prune_by="top_p",
-            traffic_length=4096,
-            kernel_lengths=(4096, 16384),
-        ),
-        Shape(name="llama-3.1-8b", selection_layers=(7,), config=LLAMA_CONFIG, **ON_A_GPU),
-        # The published cuts; the engine refuses both models so far, the kernels do not.
-        Shape(
-            name="qwen3-next",
-            selection_layers=tuple(range(7, 44, 4)),
-            config=QWEN3_NEXT_CONFIG,
-            **ON_A_GPU,
-        ),
-        Shape(name="gemma-3-12b", selection_layers=(29, 35, 41), config=GEMMA_3_12B_CONFIG, **ON_A_GPU),
-        Shape(
-            name="tiny",
-            lengths=(1024, 2048),
-            efficiency_lengths=(2048,),
-            selection_layers=(1, 3),
-            keep_ratio=0.3,
-            prune_by="keep_ratio",
-            traffic_length=1024,
-            kernel_lengths=(1024,),
-            config=TINY_CONFIG,
-        ),
+        Shape("needle", (1, 3, 5), None, NEEDLE_LENGTHS, (8192, 16384), 0.2, "top_p", 4096, (4096, 16384)),
+        Shape("llama-3.1-8b", (7,), LLAMA_CONFIG),
+        Shape("tiny", (1, 3), TINY_CONFIG, (1024, 2048), (2048,), 0.3, "keep_ratio", 1024, (1024,)),
     )
 }
 
 
 @contextmanager
 def model_folder(shape: Shape, given: Path | None) -> Iterator[tuple[Path, str]]:
-    """The model to load, and vLLM's `load_format` for it."""
+    """The model to load, and vLLM's `load_format` for it: dummy weights where there is a config alone."""
     if given is not None or shape.config is None:
-        yield given or NEEDLE_MODEL, "auto"
+        model = given or NEEDLE_MODEL
+        yield model, "auto" if any(model.glob("*.safetensors")) or any(model.glob("*.bin")) else "dummy"
         return
     with TemporaryDirectory(prefix="bench-model-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape.config))
@@ -114,8 +165,7 @@ class Prompts:
 
     @classmethod
     def of(cls, model: Path) -> Prompts:
-        config = json.loads((model / "config.json").read_text())
-        return cls(speaks_needle(model), config["vocab_size"])
+        return cls(speaks_needle(model), read_config(model)["vocab_size"])
 
     def ids(self, tokens: int, seed: int) -> list[int]:
         if self.needle:

@@ -1,8 +1,9 @@
 """Long-context accuracy, dense and pruned on the same samples, with lm-evaluation-harness.
 
-Prints one table and writes it, as OUTPUT.json and OUTPUT.md: for each task and length the scores dense and pruned,
-the paired difference with a 95 % interval, the share of the prompt kept, and the ratio of the times to the first token.
-With several values of --top-p it also plots accuracy and that ratio against top_p (OUTPUT.png).
+Prints one table and writes it, as lm-MODEL-DEVICE.json and .md in --results: for each task and length the scores dense
+and pruned, the paired difference with a 95 % interval, the share of the prompt kept, and the ratio of the times to the
+first token.
+With several values of --top-p it also plots accuracy and that ratio against top_p (lm-MODEL-DEVICE-curve.png).
 
 A run that was ended goes on where it stopped: answers lie in build/evals/, by the settings and the package.
 Exit status 0: measured; 1: a problem to mend; 130: interrupted.
@@ -25,8 +26,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from evals.bench.arithmetic import ModelShape
-from evals.provenance import package_problem, provenance
+from evals.bench.shapes import ModelShape, model_name, read_config
+from evals.provenance import add_results_option, command_line, count_argument, package_problem, provenance
 from scripts.fork import ROOT, ForkError, run_main, say
 from scripts.serve import NEEDLE_MODEL, serve_arguments, server, vllm_program, wait_until_ready
 
@@ -59,13 +60,6 @@ def top_p_argument(text: str) -> tuple[float, ...]:
     return values
 
 
-def count_argument(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1 is needed")
-    return value
-
-
 def json_argument(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -96,7 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ttft-samples", type=int, default=5, help="samples that are timed; 0: none (default: %(default)s)")
     add("--records", type=Path, default=RECORDS, metavar="FOLDER", help="where answers are kept (default: build/evals)")
     add("--fresh", action="store_true", help="ask everything again")
-    add("--output", type=Path, metavar="PATH", help="without suffix (default: evals/results/lm-MODEL-DEVICE)")
+    add_results_option(parser)
     return parser
 
 
@@ -147,7 +141,7 @@ def engine_arguments(args: argparse.Namespace, cpu: bool, batch_size: int) -> di
     if cpu:
         arguments |= {"enforce_eager": True, "distributed_executor_backend": "uni"}
         if Path(args.model).is_dir():
-            per_token = ModelShape.of(Path(args.model)).kv_bytes_per_token
+            per_token = ModelShape.from_config(read_config(Path(args.model))).kv_bytes_per_token
             arguments["kv_cache_memory_bytes"] = per_token * (batch_size * arguments["max_model_len"] + 8192)
     arguments |= args.engine_args
     arguments.setdefault("max_num_batched_tokens", arguments["max_model_len"] + arguments["max_num_seqs"])
@@ -262,17 +256,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = Tasks(names, metadata)
     arguments = {} if args.base_url else engine_arguments(args, cpu, batch_size)
     several = len(variants) > 1
-    name = "needle" if is_needle(args.model) else Path(args.model).name
-    suffix = "-top-p" if several else ""
-    output = args.output or ROOT / "evals" / "results" / f"lm-{name}-{about['machine']['device']}{suffix}"
+    name = model_name(Path(args.model))
+    output = args.results / f"lm-{name}-{about['machine']['device']}{'-curve' if several else ''}"
     asked = "through the completions API" if args.base_url or args.backend == "api" else "in process"
-    command = ["make", "eval", *([f"ARGS={shlex.join(argv)}"] if argv else [])]
     result: dict[str, Any] = {
         "about": about,
         "settings": {
             "name": name,
             "model": str(NEEDLE_MODEL.relative_to(ROOT)) if is_needle(args.model) else args.model,
-            "command": shlex.join(command).replace(f"{ROOT}/", ""),
+            "command": command_line("eval", argv),
             "asked": asked,
             "tasks": tasks.names,
             "lengths": args.lengths,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.stats import bootstrap, norm
 
 from evals.bench.arithmetic import compare
 
-Z = 1.959963984540054  # 95 %, two-sided
+Z = float(norm.ppf(0.975))  # 95 %, two-sided
 RESAMPLES = 10_000
-RESAMPLES_AT_ONCE = 100
+RESAMPLES_AT_ONCE = 100  # bounds the memory
 SCORE = "score (Tango)"
 BOOTSTRAP = "paired bootstrap"
 
@@ -34,35 +36,30 @@ def score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
         variance = n * (2 * p_lost + delta * (1 - delta))
         distance = gained - lost - n * delta
         if variance <= 0:
-            return math.copysign(math.inf, distance) if distance else 0.0
-        return distance / math.sqrt(variance)
+            return math.copysign(2 * Z, distance) if distance else 0.0
+        return max(-2 * Z, min(2 * Z, distance / math.sqrt(variance)))  # finite, for the root finder
+
+    def solve(level: float, low: float, high: float) -> float:
+        """Where the standardized distance, which falls, passes the level; the end where it stays on one side of it."""
+        if standardized(low) <= level:
+            return low
+        if standardized(high) >= level:
+            return high
+        return float(brentq(lambda delta: standardized(delta) - level, low, high))
 
     observed = (gained - lost) / n
-    low = _falls_to(standardized, Z, -1.0, observed)
-    high = _falls_to(standardized, -Z, observed, 1.0)
-    return low, high
-
-
-def _falls_to(function: Callable[[float], float], value: float, low: float, high: float) -> float:
-    """Where the decreasing function reaches the value, between low and high."""
-    for _ in range(60):
-        middle = (low + high) / 2
-        if function(middle) > value:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    return solve(Z, -1.0, observed), solve(-Z, observed, 1.0)
 
 
 def bootstrap_interval(differences: Sequence[float]) -> tuple[float, float]:
     """95 % percentile interval of the mean of paired differences, samples resampled, from a fixed seed."""
     values = np.asarray(differences, dtype=float)
-    rng = np.random.default_rng(0)
-    shape = (RESAMPLES_AT_ONCE, len(values))
-    rounds = RESAMPLES // RESAMPLES_AT_ONCE
-    means = np.concatenate([values[rng.integers(len(values), size=shape)].mean(axis=1) for _ in range(rounds)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    if len(values) == 1:  # scipy wants two
+        return float(values[0]), float(values[0])
+    found = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, batch=RESAMPLES_AT_ONCE, method="percentile", rng=0
+    ).confidence_interval
+    return float(found.low), float(found.high)
 
 
 def paired_difference(dense: Sequence[float], pruned: Sequence[float]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from evals.bench.arithmetic import size_label
-from evals.bench.report import draw_range, gain, table
+from evals.bench.arithmetic import size_label, spread
+from evals.bench.report import draw, draw_lines, gain, of_gain, table
 from evals.lm.arithmetic import BOOTSTRAP, SCORE, pooled
 
 METHOD = f"""\
@@ -102,59 +103,50 @@ def markdown(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Against top_p, a line for each length: each task's accuracy, and the TTFT ratio of all tasks together."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
-    columns = min(3, len(tasks) + 1)
-    lines = -(-(len(tasks) + 1) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False, layout="constrained")
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        draw_accuracy(axis, task, [row for row in result["rows"] if row["task"] == task])
-    draw_ttft(axes.flat[len(tasks)], result["rows"])
-    for axis in axes.flat[: len(tasks) + 1]:
-        axis.set_xlabel("top_p")
-        axis.grid(alpha=0.3)
-        axis.legend(title="length", fontsize=8)
-    for axis in axes.flat[len(tasks) + 1 :]:
-        axis.set_axis_off()
+    rows = result["rows"]
+    panels = [partial(draw_accuracy, task=task, rows=rows) for task in dict.fromkeys(row["task"] for row in rows)]
+    if any(row["ttft"] for row in rows):
+        panels.append(partial(draw_ttft, rows=rows))
     machine = result["about"]["machine"]
-    figure.suptitle(
+    title = (
         f"{result['settings']['name']}, vLLM {result['about']['package']}, {machine['gpu'] or machine['cpu']}, "
-        f"{result['rows'][0]['samples']} samples of each task and length",
-        fontsize=10,
+        f"{rows[0]['samples']} samples of each task and length"
     )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    draw(panels, title, path)
 
 
-def by_length(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
-    """(color, length, its rows in the order of top_p)."""
-    for i, length in enumerate(sorted({row["length"] for row in rows})):
-        found = [row for row in rows if row["length"] == length]
-        yield f"C{i}", length, sorted(found, key=lambda row: row["top_p"])
+def by_length(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each length, in the order of top_p."""
+    ordered = sorted(rows, key=lambda row: (row["length"], row["top_p"]))
+    return {size_label(length): list(group) for length, group in groupby(ordered, key=lambda row: row["length"])}
 
 
 def draw_accuracy(axis: Any, task: str, rows: Sequence[dict[str, Any]]) -> None:
-    for color, length, points in by_length(rows):
-        axis.axhline(points[0]["dense"], color=color, linestyle="--", linewidth=1, alpha=0.6)
-        values = [point["pruned"] for point in points]
-        axis.plot([point["top_p"] for point in points], values, "o-", color=color, label=size_label(length))
+    groups = by_length([row for row in rows if row["task"] == task])
+    lines = {length: [spread([row["pruned"]]) for row in group] for length, group in groups.items()}
     axis.set_title(f"{task} (dashed: dense)", fontsize=10)
     axis.set_ylabel("mean score")
     axis.set_ylim(-0.03, 1.03)
+    dense = {group[0]["dense"]: f"C{i}" for i, group in reversed(list(enumerate(groups.values())))}
+    for score, color in dense.items():  # one line where lengths coincide
+        axis.axhline(score, color=color, linestyle="--", linewidth=1, alpha=0.6)
+    draw_top_p(axis, [row["top_p"] for row in next(iter(groups.values()))], lines)
 
 
 def draw_ttft(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
-    for color, length, points in by_length(rows):
-        settings = sorted({point["top_p"] for point in points})
-        found = [pooled([point for point in points if point["top_p"] == top_p])["ttft"] for top_p in settings]
-        if not all(found):
-            continue
-        spreads = [ttft["paired"] | {"median": ttft["ratio"]} for ttft in found]
-        draw_range(axis, settings, spreads, size_label(length), color=color)
+    settings = sorted({row["top_p"] for row in rows})
+    lines = {
+        length: [of_gain(pooled([row for row in group if row["top_p"] == top_p])["ttft"]) for top_p in settings]
+        for length, group in by_length(rows).items()
+        if all(row["ttft"] for row in group)
+    }
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_title("Time to first token, dense over pruned", fontsize=10)
     axis.set_ylabel("times faster (bars: range)")
+    draw_top_p(axis, settings, lines)
+
+
+def draw_top_p(axis: Any, settings: Sequence[float], lines: dict[str, Any]) -> None:
+    axis.set_xlabel("top_p")
+    axis.grid(alpha=0.3)
+    draw_lines(axis, settings, lines, title="length")

@@ -3,9 +3,8 @@
     python -m evals.needle.evaluate evals/needle/model --lengths 1024,4096 --count 20 --prune 2,4,6 --table
 
 Prompts are those of `prompts.make_prompt`, seeds 0 to count - 1 from `--seed`. Each is answered densely and, with
-`--prune`, also with tokens dropped after the named layers: a plain reference of UniPrefill's algorithm (queries = the
-last 128 prompt tokens, blocks of 64, first and last 128 tokens always kept). `--table` prints, per layer, the
-share of blocks that hold .9 and .99 of the mass and the rank of the needle's block.
+`--prune`, also with tokens dropped after the named layers; the tests' oracle (`tests/oracle/selection.py`) chooses the
+blocks. `--table` prints, per layer, the share of blocks that hold .9 and .99 of the mass and the rank of the needle's.
 """
 
 from __future__ import annotations
@@ -20,24 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evals.needle.prompts import STATEMENT_LENGTH, TASKS, NeedlePrompt, is_correct, make_prompt
 
-BLOCK = 64
-NUM_QUERIES = 128
-SINK_TOKENS = 128
-RECENT_TOKENS = 128
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tests"))
+from oracle.selection import SelectionRule, block_masses, forced_blocks, select_blocks  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Pruning:
     layers: tuple[int, ...]  # tokens are dropped at the end of these
-    top_p: float
-    over: str  # "all" blocks, or the "middle" ones only
+    rule: SelectionRule
+
+
+DEFAULTS = SelectionRule(top_p=0.99)
+BLOCK = DEFAULTS.block_size
 
 
 @dataclass
@@ -56,38 +55,20 @@ def queries_and_keys(layer: torch.nn.Module, hidden: Tensor, rope: tuple[Tensor,
     q = attention.q_proj(normed).view(shape).transpose(1, 2)
     k = attention.k_proj(normed).view(shape).transpose(1, 2)
     q, k = apply_rotary_pos_emb(q, k, *rope)
-    return q[0, :, -NUM_QUERIES:].float(), k[0].float().repeat_interleave(q.shape[1] // k.shape[1], 0)
+    return q[0, :, -DEFAULTS.num_queries :].float(), k[0].float().repeat_interleave(q.shape[1] // k.shape[1], 0)
 
 
 def block_mass(q: Tensor, k: Tensor) -> Tensor:
-    """Attention mass of each block of alive tokens, summed over heads and queries, normalised."""
+    """Attention mass of each block of alive tokens, summed over heads and queries: [blocks] float64."""
     num_queries, num_keys = q.shape[1], k.shape[1]
     scores = torch.matmul(q, k.transpose(1, 2)) * q.shape[-1] ** -0.5
     future = torch.arange(num_keys) > torch.arange(num_keys - num_queries, num_keys)[:, None]
-    mass = scores.masked_fill(future, float("-inf")).softmax(-1).sum((0, 1))
-    blocks = F.pad(mass, (0, -num_keys % BLOCK)).view(-1, BLOCK).sum(1)
-    return blocks / blocks.sum()
+    return block_masses(scores.masked_fill(future, float("-inf")).softmax(-1).sum((0, 1)), BLOCK)
 
 
-def forced_blocks(num_tokens: int) -> Tensor:
-    """Blocks that hold sink or recent tokens."""
-    blocks = torch.arange((num_tokens + BLOCK - 1) // BLOCK)
-    return (blocks * BLOCK < SINK_TOKENS) | ((blocks + 1) * BLOCK > num_tokens - RECENT_TOKENS)
-
-
-def blocks_for(mass: Tensor, top_p: float) -> Tensor:
-    """The heaviest blocks until `top_p` of the mass is reached, the crossing block included."""
-    values, order = mass.sort(descending=True)
-    before = values.cumsum(0) - values
-    return order[before < top_p * mass.sum()]
-
-
-def kept_tokens(mass: Tensor, num_tokens: int, pruning: Pruning) -> Tensor:
-    forced = forced_blocks(num_tokens)
-    candidates = mass.masked_fill(forced, 0.0) if pruning.over == "middle" else mass
-    keep = forced.clone()
-    keep[blocks_for(candidates, pruning.top_p)] = True
-    return keep.repeat_interleave(BLOCK)[:num_tokens].nonzero()[:, 0]
+def kept_tokens(mass: Tensor, num_tokens: int, rule: SelectionRule) -> Tensor:
+    kept = select_blocks(mass, num_tokens, rule).kept
+    return kept.repeat_interleave(BLOCK)[:num_tokens].nonzero()[:, 0]
 
 
 @torch.no_grad()
@@ -118,7 +99,7 @@ def answer(
             if not out and masses is not None:
                 masses.append(mass)
             if cutting:
-                keep = kept_tokens(mass, len(alive), pruning)
+                keep = kept_tokens(mass, len(alive), pruning.rule)
                 alive, hidden = alive[keep], hidden[:, keep]
                 rope = (rope[0][:, keep], rope[1][:, keep])
                 kept.append(len(alive) / len(ids))
@@ -151,7 +132,7 @@ def needle_rank(mass: Tensor, prompt: NeedlePrompt) -> int:
     """Worst rank, among the blocks not kept anyway, of the blocks of the statement that holds the asked key."""
     at = prompt.needle_tokens[-1]
     blocks = {at // BLOCK, (at + STATEMENT_LENGTH - 2) // BLOCK}
-    middle = mass.masked_fill(forced_blocks(prompt.num_tokens), -1.0)
+    middle = mass.masked_fill(forced_blocks(prompt.num_tokens, DEFAULTS), -1.0)
     return 1 + max(int((middle > middle[b]).sum()) - (len(blocks) - 1) for b in blocks)
 
 
@@ -162,7 +143,8 @@ def table_row(masses: list[Tensor], prompt: NeedlePrompt) -> list[dict[str, floa
         row: dict[str, float] = {"needle_rank": needle_rank(mass, prompt)}
         for over in ("all", "middle"):
             for top_p in (0.9, 0.99):
-                kept = kept_tokens(mass, prompt.num_tokens, Pruning((), top_p, over))
+                rule = SelectionRule(top_p, top_p_over=over)
+                kept = kept_tokens(mass, prompt.num_tokens, rule)
                 row[f"{over}_{top_p}"] = len(kept) / prompt.num_tokens
                 alive = set(kept.tolist())
                 at = prompt.needle_tokens[-1]
@@ -192,7 +174,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
                 for layer, row in enumerate(table_row(masses, prompt) if masses else []):
                     table[layer].append(row)
                 for over in args.over if args.prune else ():
-                    pruned = run(model, tokenizer, prompt, Pruning(args.prune, args.top_p, over))
+                    pruning = Pruning(args.prune, SelectionRule(args.top_p, top_p_over=over))
+                    pruned = run(model, tokenizer, prompt, pruning)
                     runs[f"top_p {args.top_p} {over}"].append((is_correct(prompt, pruned.text), pruned))
             for name, outcomes in runs.items():
                 row = {

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from evals.bench import load, load_report
-from evals.bench.load_report import DENSE, LONG, NO_FLAG, PRUNED, SHORT
+from evals.bench import load, report
+from evals.bench.load import DENSE, LONG, NO_FLAG, PRUNED, SHORT
 from evals.needle.prompts import encode
+from scripts.fork import ForkError
 
 MIX = load.Mix(requests=12, long_every=4, long_tokens=2048)
 
@@ -70,9 +71,9 @@ def test_only_the_server_with_the_flag_takes_whole_prompts() -> None:
 
 
 def test_a_class_has_its_own_percentiles() -> None:
-    found = load.summary(saved({SHORT: 0.1, LONG: 2.0}, 0.01), MIX.classes())["classes"]
-    assert found[SHORT]["ttft"]["p99"] == pytest.approx(0.1) and found[LONG]["ttft"]["p50"] == pytest.approx(2.0)
-    assert found[SHORT]["itl"]["max"] == pytest.approx(0.1) and found[SHORT]["itl"]["p50"] == pytest.approx(0.01)
+    found = load.summary(saved({SHORT: 0.1, LONG: 2.0}, 0.01), MIX.classes())
+    assert found[SHORT]["TTFT p99"] == pytest.approx(0.1) and found[LONG]["TTFT p50"] == pytest.approx(2.0)
+    assert found[SHORT]["ITL max"] == pytest.approx(0.1) and found[SHORT]["ITL p50"] == pytest.approx(0.01)
     assert (found[SHORT]["requests"], found[SHORT]["right"], found[LONG]["right"]) == (9, 9, 0)
 
 
@@ -90,32 +91,30 @@ def test_ways_alternate_and_every_round_begins_with_another() -> None:
 
 @pytest.mark.parametrize(("first", "met"), [(0.1, True), (0.2, True), (0.22, False)])
 def test_short_requests_must_not_wait_longer_than_dense_ones(first: float, met: bool) -> None:
-    ttft, itl = load_report.expectations([made_row(first)])
+    ttft, itl = load.expectations({"load": [made_row(first)]})
     assert ttft["met"] is met and itl["met"] is True
     assert "TTFT p99" in ttft["expectation"] and "0.5 requests/s" in ttft["expectation"]
+    assert ttft["measured"].startswith(f"{0.2 / first:.2f}"), "above 1 pruned is faster"
 
 
 def test_a_result_is_written_and_plotted(tmp_path: Path) -> None:
-    rows = [made_row(), made_row(0.3) | {"rate": "inf"}]
+    machine = {"cpu": "A CPU", "cores": 2, "gpu": None, "device": "cpu"}
+    names = ("package", "torch", "upstream", "upstream_commit", "series_sha256")
     result = {
-        "provenance": {
-            "package": "0.32.0",
-            "torch": "2",
-            "series_sha256": "0" * 64,
-            "machine": {"cpu": "A CPU", "cores": 2},
-        },
-        "settings": {"command": "x", "rounds": 2},
+        "provenance": dict.fromkeys(names, "0") | {"machine": machine},
+        "settings": {"title": "Load", "method": load.method(MIX, 2), "command": "x", "rounds": 2},
         "load_average": 0.1,
-        "finished": "today",
-        "expectations": load_report.expectations(rows),
-        "load": rows,
+        "load": [made_row(), made_row(0.3) | {"rate": "inf"}],
     }
-    text = load_report.markdown(json.loads(json.dumps(result)))
-    assert "**missed**" in text and "all at once" in text and "pruned / no flag" in text
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert all(line.endswith("|") for line in lines)
-    load_report.plot(result, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    text = report.write(result, [load.PART], tmp_path / "x")
+    assert "**missed**" in text and "all at once" in text and "over no flag" in text and "18/18" in text
+    assert all(line.endswith("|") for line in text.splitlines() if line.startswith("|"))
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_a_model_that_does_not_know_the_questions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ForkError, match="does not know its words; measure another model with `vllm bench serve"):
+        load.main(["--model", str(tmp_path)])
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "fast", "1,"])

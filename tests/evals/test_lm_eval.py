@@ -290,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
             "outcome": "pruned" if pruned else "dense",
             "reason": None if pruned else "disabled",
             "prompt_tokens": n,
-            "segments": [{"tokens_in": k, "tokens_kept": k} for k in alive],
+            "segments": [{"tokens_in": k, "tokens_out": k} for k in alive],
         }
         text = "wrong" if pruned and i % 2 else f"{answer} ."
         answered = {"choices": [{"index": 0, "text": text, "finish_reason": "length", "uniprefill": said}]}
@@ -317,9 +317,9 @@ def pretended() -> Iterator[Pretended]:
 def run_against(server: Pretended, folder: Path, *more: str) -> dict[str, Any]:
     arguments = ["--base-url", server.url, "--lengths", str(LENGTH), "--limit", str(SAMPLES)]
     arguments += ["--tasks", "needle_multikey", "--ttft-samples", "3", "--batch-size", "2"]
-    arguments += ["--output", str(folder / "out"), "--records", str(folder / "records"), *more]
+    arguments += ["--results", str(folder), "--records", str(folder / "records"), *more]
     assert main(arguments) == 0
-    return json.loads((folder / "out.json").read_text())
+    return json.loads((folder / "lm-needle-cpu.json").read_text())
 
 
 def test_every_request_says_how_it_is_prefilled(pretended: Pretended, tmp_path: Path, capsys) -> None:
@@ -345,7 +345,7 @@ def test_every_request_says_how_it_is_prefilled(pretended: Pretended, tmp_path: 
     printed = capsys.readouterr()
     assert "| needle_multikey | 2,048 | top_p 0.99 | 4 | 100.0% | 50.0% | -50.0 [" in printed.out
     assert "[1/1] needle_multikey at 2,048, dense: 2 of 4 answered" in printed.err
-    page = (tmp_path / "out.md").read_text()
+    page = (tmp_path / "lm-needle-cpu.md").read_text()
     for fact in ("package", "version", "commit", "upstream_commit"):
         assert result["about"][fact] in page
     assert result["about"]["series_sha256"][:16] in page
@@ -389,7 +389,7 @@ def test_the_needle_model_is_evaluated_also_after_a_kill(tmp_path: Path) -> None
     """In process, two values of top_p, killed after a few answers and started again."""
     command = [sys.executable, "-m", "evals.lm", "--lengths", "2048", "--limit", "4", "--ttft-samples", "1"]
     command += ["--tasks", "needle_multikey,needle_multiquery", "--top-p", ".5,.99", "--batch-size", "2"]
-    command += ["--output", str(tmp_path / "out"), "--records", str(tmp_path / "records")]
+    command += ["--results", str(tmp_path), "--records", str(tmp_path / "records")]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = []
@@ -410,15 +410,18 @@ def test_the_needle_model_is_evaluated_also_after_a_kill(tmp_path: Path) -> None
     assert path.read_text().startswith(kept)
     keys = [json.loads(line)["key"] for line in path.read_text().splitlines()]
     assert len(set(keys)) == len(keys) == 2 * (3 * 4 + 1), "tasks x (ways x samples + timed)"
-    result = json.loads((tmp_path / "out.json").read_text())
+    result = json.loads((tmp_path / "lm-needle-cpu-curve.json").read_text())
     assert [row["setting"] for row in result["rows"]] == ["top_p 0.5", "top_p 0.99"] * 2
     for row in result["rows"]:
         assert row["dense"] >= 0.75, "the model no longer knows its task"
         assert row["pruned"] >= row["dense"] - 0.25
         assert 0 < row["kept"][-1] <= row["kept"][0] < 0.5
         assert row["ttft"]["ratio"] > 0 and row["not_pruned"] == {}
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert "![accuracy and TTFT against top_p](out.png)" in (tmp_path / "out.md").read_text()
+    assert (tmp_path / "lm-needle-cpu-curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        "![accuracy and TTFT against top_p](lm-needle-cpu-curve.png)"
+        in (tmp_path / "lm-needle-cpu-curve.md").read_text()
+    )
 
 
 def test_the_samples_are_those_of_the_needle_prompts() -> None:

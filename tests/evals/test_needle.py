@@ -169,10 +169,10 @@ def test_the_model_answers_through_generate(model, task: str) -> None:  # noqa: 
 def test_the_model_answers_pruned_and_keeps_little(model) -> None:  # noqa: ANN001
     from transformers import AutoTokenizer
 
-    from evals.needle.evaluate import Pruning, run
+    from evals.needle.evaluate import DEFAULTS, Pruning, run
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     prompt = P.make_prompt("multikey", 4096, 0)
-    result = run(model, tokenizer, prompt, Pruning((2, 4, 6), 0.99, "all"))
+    result = run(model, tokenizer, prompt, Pruning((2, 4, 6), DEFAULTS))
     assert P.is_correct(prompt, result.text)
     assert max(result.kept) < 0.5

@@ -1,16 +1,16 @@
 """Everything that wants a GPU, in one call of under 8 minutes: `make bench-gpu`.
 
 Parts, the most telling first, each in a process of its own with a time limit:
-  checks      our Triton kernels against plain torch, with guard bands
+  checks      our Triton kernels against plain torch, with guard bands (tests/gpu)
   kernels     the selection alone against its floors and against plain torch
-  ttft        dense and pruned prefills at 32K, 64K and 128K, and where the time goes
-  graphs      decode with FULL CUDA graphs: the same tokens as eager
+  ttft        dense and pruned prefills at 32K, 64K and 128K, where the time goes, and decodes beside them
+  graphs      decode with FULL CUDA graphs: the same tokens as eager (tests/gpu)
   decode      time per token: the release, the fork without and with its flag
   sanitizer   small checks under compute-sanitizer
   traffic     many requests together, and a random mix
 Each writes what it has as it goes, so a part that is stopped, and a run that ends early, lose
-nothing measured; the summary names what is missing. Exit status 0: all parts ran and the kernels
-agree; 1: not all.
+nothing measured; the summary names what is missing. Exit status 0: all parts ran and the tests
+pass; 1: not all.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from evals.bench import report
+from evals.bench.__main__ import PARTS
+from evals.provenance import RESULTS, command_line
 from scripts.fork import ROOT, run_main, say
 
 SECONDS = 455  # of the 8 minutes; the rest is for starting and writing
-STOCK = Path("/tmp/uniprefill/stock")  # where install.py puts the release
+STOCK = Path("/tmp/uniprefill/stock")  # where install_gpu.py puts the release
 KEEP_EVERY = 15  # seconds between looks at what a part has written
 LEAST = 15  # seconds under which no part is started
 GRACE = 8  # seconds for a stopped part to end by itself
@@ -41,39 +45,42 @@ GRACE = 8  # seconds for a stopped part to end by itself
 
 @dataclass(frozen=True)
 class Part:
-    """One process: its arguments behind `python -m`, and how long it may take at most."""
+    """One process: its arguments behind `python -m`, and how long it may take at most.
+
+    In `command`, FOLDER stands for the folder that its results go to.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: float
-    output: str  # how the command names the file of its result
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def bench(name: str, seconds: float, *arguments: str) -> Part:
-    return Part(name, ("evals.bench", *arguments), seconds, "{}")
+    return Part(name, ("evals.bench", *arguments, "--results", "FOLDER"), seconds)
+
+
+def tests(name: str, seconds: float, *arguments: str, **environment: str) -> Part:
+    """Some of tests/gpu; those that do not fit the time skip themselves, so that the result is written."""
+    command = ("pytest", "-q", "-p", "no:cacheprovider", "--junitxml=FOLDER/junit.xml", *arguments)
+    return Part(name, command, seconds, {"GPU_TEST_SECONDS": f"{0.7 * seconds:.0f}", **environment})
 
 
 def all_parts(shape: str, small: bool, stock: Path) -> list[Part]:
     at = ("--shape", shape)
     slower = 4 if small else 1  # what is tried small is tried on a CPU
     pristine = ("--pristine", str(stock)) if (stock / "vllm").is_dir() else ()
-    lengths = ("--lengths", "2048,3000") if small else ()
-    parts = [
-        Part("checks", ("evals.gpu.checks", *(["--small"] if small else []), "--seconds", "80"), 110, "{}.json"),
-        bench("kernels", 45, *at, "--parts", "kernels", "--repeats", "1" if small else "7"),
-        bench("ttft", 190, *at, "--parts", "ttft,breakdown", "--repeats", "1" if small else "2"),
-        Part("graphs", ("evals.gpu.graphs", *lengths), 70, "{}.json"),
-        bench(
-            "decode",
-            140,
-            *at,
-            *("--parts", "decode", "--decode-rounds", "1", "--repeats", "1" if small else "7"),
-            *pristine,
-        ),
-        Part("sanitizer", ("evals.gpu.checks", "--small", "--seconds", "30"), 60, "{}.json"),
-        bench("traffic", 110, *at, "--parts", "concurrency,poisson", "--repeats", "1", "--arrivals", "16"),
+    once, few = ("1", "1") if small else ("7", "3")
+    kernels, only_small = "tests/gpu/test_kernels.py", ("-k", "small")
+    return [
+        tests("checks", 80 * slower, kernels, *(only_small if small else ())),
+        bench("kernels", 45 * slower, *at, "--parts", "kernels", "--repeats", once),
+        bench("ttft", 240 * slower, *at, "--parts", "ttft,breakdown,interleave", "--repeats", "1" if small else "2"),
+        tests("graphs", 100 * slower, "tests/gpu/test_graphs.py", **({"REHEARSE_GRAPHS": "1"} if small else {})),
+        bench("decode", 200 * slower, *at, "--parts", "decode", "--decode-rounds", "1", "--repeats", few, *pristine),
+        tests("sanitizer", 60 * slower, kernels, *only_small, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        bench("traffic", 110 * slower, *at, "--parts", "concurrency,poisson", "--repeats", "1", "--arrivals", "16"),
     ]
-    return [replace(part, seconds=slower * part.seconds) for part in parts]
 
 
 def sanitizer(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -82,15 +89,12 @@ def sanitizer(environment: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
-def command_of(part: Part, folder: Path) -> tuple[list[str], dict[str, str]]:
-    """The process to start, and its environment."""
-    environment = dict(os.environ)
-    output = part.output.format(folder / part.name)
-    command = [sys.executable, "-m", *part.command, "--output", output]
+def command_of(part: Part, folder: Path) -> list[str]:
+    arguments = [argument.replace("FOLDER", str(folder / part.name)) for argument in part.command]
+    command = [sys.executable, "-m", *arguments]
     if part.name == "sanitizer" and (tool := sanitizer()):
-        command = [tool, "--tool", "memcheck", "--error-exitcode", "99", *command]
-        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # an allocation each, so that its end is known
-    return command, environment
+        return [tool, "--tool", "memcheck", "--error-exitcode", "99", *command]
+    return command
 
 
 def run(part: Part, folder: Path, seconds: float, meanwhile: Callable[[], None]) -> tuple[str | None, str]:
@@ -100,7 +104,7 @@ def run(part: Part, folder: Path, seconds: float, meanwhile: Callable[[], None])
         meanwhile: called now and then, to keep what the part has written.
 
     """
-    command, environment = command_of(part, folder)
+    command, environment = command_of(part, folder), {**os.environ, **part.environment}
     log = folder / f"{part.name}.log"
     deadline = time.monotonic() + seconds
     with log.open("w") as out:
@@ -145,38 +149,69 @@ def benchmarks_of(parts: Sequence[Part]) -> list[str]:
     ]
 
 
+def test_result(file: Path) -> dict[str, Any]:
+    """Of pytest's JUnit file: how many tests ran and were skipped, and the names of those that failed."""
+    cases = list(ElementTree.parse(file).iter("testcase"))
+    failed = [
+        case.attrib["name"] for case in cases if case.find("failure") is not None or case.find("error") is not None
+    ]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"run": len(cases) - skipped, "skipped": skipped, "failed": failed}
+
+
 def merge(folder: Path, parts: Sequence[Part], problems: Mapping[str, str], command: str) -> dict[str, Any] | None:
     """One result of what the parts wrote; None if no benchmark wrote any."""
     found: dict[str, Any] = {}
-    for name in (part.name for part in parts):
-        file = folder / f"{name}.json"
-        if not file.is_file():
-            continue
-        try:
-            part = json.loads(file.read_text())
-        except ValueError:  # being written just now
-            continue
-        if name in ("checks", "sanitizer", "graphs"):
-            found.setdefault("gpu", {})[name] = part
-            continue
-        for key, value in part.items():
-            found.setdefault(key, value)
+    for part in parts:
+        for file in sorted((folder / part.name).glob("*")):
+            try:
+                if file.suffix == ".xml":
+                    found.setdefault("gpu", {})[part.name] = test_result(file)
+                elif file.suffix == ".json":
+                    found = json.loads(file.read_text()) | found
+            except (ValueError, ElementTree.ParseError):  # being written just now
+                continue
     if "provenance" not in found:
         return None
     found["settings"] |= {"parts": benchmarks_of(parts), "command": command}
     found["cut_short"] = [f"{name}: {problem}" for name, problem in problems.items()]
-    if "gpu" in found and "sanitizer" in found["gpu"]:
-        found["gpu"]["sanitizer"]["tool"] = sanitizer() is not None
     return found
+
+
+CHECKED = {
+    "checks": "every Triton kernel agrees with torch, bands intact, none compiled anew",
+    "graphs": "decode with FULL CUDA graphs: the tokens of eager, and the answers right",
+    "sanitizer": "compute-sanitizer finds no access out of bounds",
+}
+
+
+def expectations(result: report.Result) -> Iterator[dict[str, Any]]:
+    for name, found in result.get("gpu", {}).items():
+        where = "" if report.on_gpu(result) else ", rehearsed without a GPU"
+        told = f"{len(found['failed'])} of {found['run']} tests failed" + (
+            f": {found['failed'][0]}" if found["failed"] else ""
+        )
+        stopped = any(line.startswith(f"{name}: ") for line in result.get("cut_short", []))
+        met = found["run"] > 0 and not found["failed"] and not stopped
+        yield report.expectation(f"{CHECKED[name]}{where}", told, met)
+
+
+def section(result: report.Result) -> str:
+    rows = [
+        (name, str(found["run"]), str(found["skipped"]), ", ".join(found["failed"]) or "none")
+        for name, found in result.get("gpu", {}).items()
+    ]
+    return report.table(("tests", "run", "skipped", "failed"), rows)
+
+
+PART = report.Part("gpu", "the tests that want a GPU", "Tests on this machine", section, expectations=expectations)
 
 
 def summarise(
     folder: Path, parts: Sequence[Part], problems: Mapping[str, str], output: Path, command: str, with_plot: bool
 ) -> None:
-    from evals.bench.__main__ import write
-
     if (result := merge(folder, parts, problems, command)) is not None:
-        write(result, output, with_plot)
+        report.write(result, [*PARTS, PART], output, with_plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,18 +226,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--stock", type=Path, default=STOCK, metavar="FOLDER", help="the release (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, metavar="PATH", help="without suffix (default: $OUT or evals/results)")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="where the result goes (default: $OUT or build/results)"
+    )
     args = parser.parse_args(argv)
     started = time.monotonic()
-    default = Path(os.environ.get("OUT") or ROOT / "evals" / "results") / f"bench-gpu-{args.shape}"
-    output = (args.output or default).resolve()
+    output = (args.results or Path(os.environ.get("OUT") or RESULTS)).resolve() / f"bench-gpu-{args.shape}"
     output.parent.mkdir(parents=True, exist_ok=True)
     parts = all_parts(args.shape, args.small, args.stock)
     names = [part.name for part in parts]
     wanted = args.only.split(",") if args.only else names
     if unknown := set(wanted) - set(names):
         parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(names)}")
-    command = "make bench-gpu" + (f" ARGS='{' '.join(argv)}'" if argv else "")
+    command = command_line("bench-gpu", argv)
     problems = {name: "not asked for" for name in ("checks", "graphs", "sanitizer") if name not in wanted}
     if "sanitizer" in wanted and sanitizer() is None:
         wanted.remove("sanitizer")

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from evals.gpu import install, pack  # noqa: E402
-from scripts import fork, wheels  # noqa: E402
+from scripts import fork, wheels
+from scripts import install_gpu as install
+from scripts import pack_gpu as pack
 
 VERSION, RELEASE = "9.9.9+uniprefill.1", "9.9.9"
 FA2 = "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so"

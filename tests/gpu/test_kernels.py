@@ -1,37 +1,31 @@
-"""Every Triton kernel of ours against plain torch, on fresh random inputs between guard bands.
+"""Every Triton kernel of ours against plain torch, on random inputs between guard bands.
 
-    python -m evals.gpu.checks --output FILE [--small] [--seconds N]
-
-On a GPU: bf16 and fp16, heads of 64, 128 and 256, 1 to 16 query heads a KV head, packed batches,
-lengths up to 128K; also that no length compiles a kernel anew. Without one, or with --small, a few
-small cases, in Triton's interpreter where there is no GPU. The cases are in random order, and FILE
-is written after each, so a run that ends early has checked a sample. Exit status 0: all agree.
+On a GPU: bf16 and fp16, heads of 64, 128 and 256, 1 to 16 query heads a KV head, packed batches, lengths up to 128K;
+also that no length compiles a kernel anew. Everywhere a few small cases, in Triton's interpreter where there is no GPU.
+KERNEL_SEED draws other cases.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
+import os
 import random
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import pytest
 import vllm  # noqa: F401  before torch: on a CPU it chooses Triton's interpreter
 
 # isort: split
 import torch
-from vllm.v1.uniprefill import selection_kernels
-from vllm.v1.uniprefill.selection import SelectionSpec, select_blocks
-from vllm.v1.uniprefill.selection_kernels import block_mass_triton
+from guards import GuardedAllocations, Guards
+from vllm.v1.uniprefill.selection import SelectionSpec, mass_triton, select_blocks
+from vllm.v1.uniprefill.selection.mass_triton import block_mass_triton
 from vllm.v1.worker.gpu.uniprefill.state import SegmentState
 
-from evals.gpu.guards import GuardedAllocations, Guards
-from scripts.fork import run_main, say
-
+SEED = int(os.environ.get("KERNEL_SEED", "1"))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-3  # relative, of norms: 16-bit products are exact in fp32, sums are not
 BLOCK_SIZE, SINK, RECENT = 64, 128, 128
 LONG = 131072
@@ -58,7 +52,7 @@ class MassCase:
         return f"{dtype}, {self.group * self.kv_heads}/{self.kv_heads} heads of {self.head_dim}, {prompts}{extra}"
 
 
-def mass_cases(small: bool, on_gpu: bool, seed: int) -> list[MassCase]:
+def mass_cases(small: bool, on_gpu: bool = DEVICE == "cuda", seed: int = SEED) -> list[MassCase]:
     """Every dtype, head size and group, with a packed batch and, at full size, a 128K prompt each."""
     source = random.Random(seed)
     # The interpreter multiplies the bit patterns of bf16.
@@ -107,9 +101,9 @@ def expected_mass(
     return torch.stack(masses)
 
 
-def check_mass(case: MassCase, device: str, seed: int) -> dict[str, Any]:
-    """One case: the error of the masses, the blocks chosen otherwise, and the bands."""
-    generator = torch.Generator(device).manual_seed(seed)
+def check_mass(case: MassCase, device: str = DEVICE) -> None:
+    """The error of the masses, the blocks chosen otherwise, and the bands."""
+    generator = torch.Generator(device).manual_seed(SEED)
     guards = Guards(device)
     specs, row = [], 5
     for tokens, queries in case.prompts:
@@ -139,9 +133,9 @@ def check_mass(case: MassCase, device: str, seed: int) -> dict[str, Any]:
     expected = expected_mass(query, key, specs, scale, case.soft_cap, sinks)
     error = float((mass.double() - expected).norm() / expected.norm())
     differing = blocks_chosen_otherwise(mass, expected, specs)
-    broken = guards.broken()
-    agrees = error <= TOLERANCE and differing == 0 and broken == 0  # NaN agrees with nothing
-    return {"case": case.name, "error": error, "chosen_otherwise": differing, "broken_bands": broken, "agrees": agrees}
+    assert error <= TOLERANCE, f"seed {SEED}"  # NaN agrees with nothing
+    assert differing == 0, f"blocks chosen otherwise, seed {SEED}"
+    assert guards.broken() == 0, f"a buffer was written beside, seed {SEED}"
 
 
 def blocks_chosen_otherwise(mass: torch.Tensor, expected: torch.Tensor, specs: Sequence[SelectionSpec]) -> int:
@@ -162,21 +156,16 @@ def blocks_chosen_otherwise(mass: torch.Tensor, expected: torch.Tensor, specs: S
     return count
 
 
-def state_cases(small: bool, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, arguments of `check_state`)."""
+def state_case(small: bool, seed: int) -> dict[str, Any]:
+    """Arguments of `check_state`: a prefill among decodes."""
     source = random.Random(seed)
-    for number in range(4 if small else 24):
-        longest = 600 if small else LONG
-        count = source.randrange(1, 4 if small else 33)
-        new = [source.choice((1, 1, source.randrange(2, 90))) for _ in range(count)]
-        new[0] = source.randrange(1, longest)  # a prefill among decodes
-        yield (
-            f"lengths and slots, {count} requests, {sum(new)} rows",
-            {"new": new, "segments": source.randrange(2, 6), "seed": seed + number, "longest": longest},
-        )
+    longest = 600 if small else LONG
+    new = [source.choice((1, 1, source.randrange(2, 90))) for _ in range(source.randrange(1, 4 if small else 33))]
+    new[0] = source.randrange(1, longest)
+    return {"new": new, "segments": source.randrange(2, 6), "seed": seed, "longest": longest}
 
 
-def check_state(new: list[int], segments: int, seed: int, longest: int, device: str) -> dict[str, Any]:
+def check_state(new: list[int], segments: int, seed: int, longest: int, device: str = DEVICE) -> None:
     """The kernel that derives lengths and slots of each segment, against plain torch."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -207,81 +196,117 @@ def check_state(new: list[int], segments: int, seed: int, longest: int, device: 
         getattr(state, method)(range(1, segments), *given)
         states.append(state)
     ours, theirs = states
-    wrong = int((ours.seq_lens != theirs.seq_lens).sum() + (ours.slot_mappings != theirs.slot_mappings).sum())
-    broken = guards.broken()
-    return {"wrong": wrong, "broken_bands": broken, "agrees": wrong == 0 and broken == 0}
+    assert torch.equal(ours.seq_lens, theirs.seq_lens)
+    assert torch.equal(ours.slot_mappings, theirs.slot_mappings)
+    assert guards.broken() == 0, "a buffer was written beside"
 
 
-def compiled_variants() -> int | None:
-    """How many variants of the kernels Triton has compiled; None in the interpreter."""
-    kernels = [
-        selection_kernels._block_lse_kernel,
-        selection_kernels._row_lse_kernel,
-        selection_kernels._mass_kernel,
-    ]
-    if not all(hasattr(kernel, "device_caches") for kernel in kernels):
-        return None
-    return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+def on_gpu(function):
+    return pytest.mark.gpu(pytest.mark.skipif(DEVICE == "cpu", reason="needs an NVIDIA GPU")(function))
 
 
-def new_variants(device: str, lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int) -> int | None:
-    """Variants that other lengths, batches and query counts compile after the first one."""
-    before = None
-    for number, tokens in enumerate(lengths):
-        prompts = [tokens] * (1 + number % 2)
-        queries = 128 - 3 * number
-        specs = [SelectionSpec(i * tokens, tokens, 0, queries, 0.9) for i in range(len(prompts))]
-        key = torch.randn(sum(prompts), kv_heads, head_dim, dtype=torch.float16, device=device)
-        query = torch.randn(queries * len(prompts), heads, head_dim, dtype=torch.float16, device=device)
+@pytest.mark.parametrize("seed", range(SEED, SEED + 4))
+def test_small_lengths_and_slots(seed: int) -> None:
+    check_state(**state_case(True, seed))
+
+
+@on_gpu
+@pytest.mark.parametrize("seed", range(SEED, SEED + 24))
+def test_lengths_and_slots(seed: int) -> None:
+    check_state(**state_case(False, seed))
+
+
+@pytest.mark.parametrize("case", mass_cases(small=True), ids=lambda case: case.name)
+def test_small_masses(case: MassCase) -> None:
+    check_mass(case)
+
+
+@on_gpu
+def test_no_length_batch_or_query_count_compiles_a_kernel_anew() -> None:
+    def variants() -> int:
+        kernels = ("_block_lse_kernel", "_row_lse_kernel", "_mass_kernel")
+        caches = [getattr(mass_triton, name).device_caches.values() for name in kernels]
+        return sum(len(cache[0]) for found in caches for cache in found)
+
+    counts = []
+    for number, tokens in enumerate((3000, 40_000, 9001, LONG)):
+        prompts, queries = 1 + number % 2, 128 - 3 * number
+        specs = [SelectionSpec(i * tokens, tokens, 0, queries, 0.9) for i in range(prompts)]
+        key = torch.randn(prompts * tokens, 8, 128, dtype=torch.float16, device=DEVICE)
+        query = torch.randn(prompts * queries, 32, 128, dtype=torch.float16, device=DEVICE)
         block_mass_triton(query, key, specs, block_size=BLOCK_SIZE, scale=0.1)
-        if before is None:
-            before = compiled_variants()
-    after = compiled_variants()
-    return None if before is None or after is None else after - before
+        counts.append(variants())
+    assert len(set(counts)) == 1
 
 
-def check_all(output: Path, small: bool, seconds: float, seed: int) -> dict[str, Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    small = small or device == "cpu"
-    started = time.monotonic()
-    found: dict[str, Any] = {"device": device, "seed": seed, "small": small, "cases": [], "failed": []}
-
-    def keep(row: dict[str, Any]) -> None:
-        found["cases"].append(row)
-        found["failed"] = [case["case"] for case in found["cases"] if not case["agrees"]]
-        output.write_text(json.dumps(found, indent=1) + "\n")
-
-    def left() -> bool:
-        return time.monotonic() - started < seconds
-
-    masses = mass_cases(small, device == "cuda", seed)
-    states = list(state_cases(small, seed))
-    found["planned"] = len(masses) + len(states)
-    for name, arguments in states:
-        if left():
-            keep({"case": name} | check_state(**arguments, device=device))
-    lengths = (300, 470, 1100) if small else (3000, 40_000, 9001, LONG)
-    shape = (2, 1, 64) if small else (32, 8, 128)
-    found["new_variants"] = new_variants(device, lengths, *shape)
-    for number, case in enumerate(masses):
-        if left():
-            keep(check_mass(case, device, seed + number))
-    say(f"{len(found['cases'])} of {found['planned']} cases, {len(found['failed'])} do not agree")
-    return found
+@on_gpu
+@pytest.mark.parametrize("case", mass_cases(small=False), ids=lambda case: case.name)
+def test_masses(case: MassCase) -> None:
+    check_mass(case)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m evals.gpu.checks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--small", action="store_true", help="few small cases, as for compute-sanitizer")
-    parser.add_argument("--seconds", type=float, default=1e9, metavar="N", help="start no case after so many")
-    parser.add_argument("--seed", type=int, help="(default: a fresh one, which FILE names)")
-    args = parser.parse_args(argv)
-    seed = random.SystemRandom().randrange(1 << 30) if args.seed is None else args.seed
-    return 1 if check_all(args.output, args.small, args.seconds, seed)["failed"] else 0
+# --- what the checks catch
 
 
-if __name__ == "__main__":
-    run_main(main)
+def unwritten(mass: torch.Tensor) -> torch.Tensor:
+    mass[2] = float("nan")
+    return mass
+
+
+def beside(mass: torch.Tensor) -> torch.Tensor:
+    torch.as_strided(mass, (1,), (1,), mass.storage_offset() + len(mass)).fill_(0)
+    return mass
+
+
+def before(mass: torch.Tensor) -> torch.Tensor:
+    torch.as_strided(mass, (1,), (1,), mass.storage_offset() - 1).fill_(0)
+    return mass
+
+
+def shifted(mass: torch.Tensor) -> torch.Tensor:
+    return mass.roll(1)
+
+
+def imprecise(mass: torch.Tensor) -> torch.Tensor:
+    return mass * 1.002
+
+
+@pytest.mark.parametrize("fault", [unwritten, beside, before, shifted, imprecise])
+def test_a_faulty_kernel_does_not_pass(fault, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = block_mass_triton
+    monkeypatch.setitem(globals(), "block_mass_triton", lambda *args, **more: fault(made(*args, **more)))
+    with pytest.raises(AssertionError):
+        check_mass(MassCase(torch.float16, 64, 2, 1, ((200, 40), (129, 1)), sinks=True))
+
+
+def test_a_fault_in_lengths_and_slots_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    update = SegmentState.update_triton
+
+    def off_by_one(self, *args) -> None:
+        update(self, *args)
+        self.slot_mappings[-1, 0] += 1
+
+    monkeypatch.setattr(SegmentState, "update_triton", off_by_one)
+    with pytest.raises(AssertionError):
+        check_state(**state_case(True, 7))
+
+
+def test_the_cases_on_a_gpu_cover_what_is_promised() -> None:
+    cases = mass_cases(small=False, on_gpu=True, seed=11)
+    assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16}
+    assert {case.head_dim for case in cases} == {64, 128, 256}
+    assert {case.group for case in cases} == {1, 2, 4, 8, 16}
+    longest = [max(tokens for tokens, _ in case.prompts) for case in cases]
+    assert max(longest) > 131_000 and any(len(case.prompts) == 3 for case in cases)
+
+
+def test_blocks_that_tie_may_be_chosen_otherwise_and_others_not() -> None:
+    spec = SelectionSpec(0, 64 * 40, 0, 1, top_p=0.5)
+    expected = torch.linspace(2, 1, 40).double()
+    ours = expected.float().clone()
+    assert blocks_chosen_otherwise(ours, expected, [spec]) == 0
+    ours[[5, 30]] = ours[[30, 5]]
+    assert blocks_chosen_otherwise(ours, expected, [spec]) == 2
+    flat = torch.ones(40).double()
+    nearly = (1 + 1e-6 * torch.arange(40)).float()
+    assert blocks_chosen_otherwise(nearly, flat, [spec]) == 0

@@ -1,11 +1,11 @@
 """Pack what a GPU box without a network lacks into pieces that travel one by one.
 
-    python -m evals.gpu.pack [--output build/gpu] [--piece-mib N]
+    python -m scripts.pack_gpu [--output build/gpu] [--piece-mib N]
 
-The box has what evals/gpu/image.json lists: a Python, torch, Triton, transformers and more. The
+The box has what scripts/gpu_image.json lists: a Python, torch, Triton, transformers and more. The
 pieces hold the patched CUDA wheel without what the run does not need (DROPPED, by name, with the
 reason), the wheels of its other requirements, and the release's own version of every patched file,
-so that the box also gets the release to compare with. `install.py` puts it together there.
+so that the box also gets the release to compare with. `install_gpu.py` puts it together there.
 
 Resumable: downloads and compressed members stay in the output folder and are made only once, and
 a piece that is there is not written again. Exit status 0: packed; 1: a problem.
@@ -31,7 +31,7 @@ from typing import Any
 from scripts import wheels
 from scripts.fork import ROOT, ForkError, Layout, read_upstream, read_version, run_main, say, sha256_file
 
-IMAGE = Path(__file__).with_name("image.json")
+IMAGE = Path(__file__).with_name("gpu_image.json")
 CARRIED_MIB = 64  # what one call may carry, the working tree included
 PIECE_MIB = 60
 
@@ -75,7 +75,7 @@ def pip(*arguments: str | Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ForkError(
-            f"pip {arguments[0]} failed; correct evals/gpu/image.json or the network:\n{done.stderr[-2000:]}"
+            f"pip {arguments[0]} failed; correct scripts/gpu_image.json or the network:\n{done.stderr[-2000:]}"
         )
     return done.stdout
 
@@ -190,7 +190,7 @@ def kernels_wheel(ours: Path) -> tuple[str, bytes]:
     info = f"vllm_kernels-{version}.dist-info/"
     members = {
         info + "METADATA": f"Metadata-Version: 2.1\nName: vllm-kernels\nVersion: {version}\n".encode(),
-        info + "WHEEL": b"Wheel-Version: 1.0\nGenerator: evals.gpu.pack\nRoot-Is-Purelib: false\n"
+        info + "WHEEL": b"Wheel-Version: 1.0\nGenerator: pack_gpu\nRoot-Is-Purelib: false\n"
         b"Tag: cp38-abi3-manylinux_2_28_x86_64\n",
     }
     with zipfile.ZipFile(ours) as archive:
@@ -319,7 +319,7 @@ def plan(manifest: dict[str, Any], folder: Path, tree_bytes: int) -> str:
         run = " && make bench-gpu" if number == last else ""
         lines.append(
             f"  {number}. carry {shown}/{number} ({piece['bytes'] / 2**20:.1f} MiB): "
-            f"python3 evals/gpu/install.py {shown}/{number}{run}"
+            f"python3 scripts/install_gpu.py {shown}/{number}{run}"
         )
     return "\n".join(lines)
 
@@ -360,7 +360,7 @@ def pack(output: Path, image: dict[str, Any], asked_mib: float | None, layout: L
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m evals.gpu.pack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m scripts.pack_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", metavar="FOLDER")
     parser.add_argument("--piece-mib", type=float, metavar="N", help=f"at most {PIECE_MIB} (default: what fits a call)")

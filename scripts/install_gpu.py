@@ -1,6 +1,6 @@
-"""Put the pieces of `evals.gpu.pack` together on a machine without a network.
+"""Put the pieces of `make pack-gpu` together on a machine without a network.
 
-    python3 evals/gpu/install.py FOLDER [--into STORE]
+    python3 scripts/install_gpu.py FOLDER [--into STORE]
 
 FOLDER holds one piece and the manifest. It goes into STORE; once every piece is there, they are
 joined, verified, unpacked and installed: STORE/site is the patched vLLM with its dependencies for
@@ -27,7 +27,7 @@ MODULES = (
     "vllm.config.uniprefill",
     "vllm.v1.uniprefill.selection",
     "vllm.v1.uniprefill.policy",
-    "vllm.v1.uniprefill.segments",
+    "vllm.v1.uniprefill.plan",
     "vllm.v1.worker.gpu.uniprefill.runner",
     "vllm.v1.worker.gpu.uniprefill.state",
     "vllm.v1.engine.core",
@@ -53,7 +53,7 @@ def sha256(path: Path) -> str:
 def receive(folder: Path, store: Path) -> dict[str, Any]:
     """Copy the folder's piece into the store, verified; the manifest."""
     if not (folder / "manifest.json").is_file():
-        raise Problem(f"{folder} has no manifest.json; carry a numbered folder of evals.gpu.pack's output.")
+        raise Problem(f"{folder} has no manifest.json; carry a numbered folder of `make pack-gpu`'s output.")
     text = (folder / "manifest.json").read_text()
     manifest = json.loads(text)
     store.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ def install(manifest: dict[str, Any], store: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="one numbered folder of evals.gpu.pack's output")
+    parser.add_argument("folder", type=Path, help="one numbered folder of `make pack-gpu`'s output")
     parser.add_argument("--into", type=Path, default=STORE, metavar="STORE", help="(default: %(default)s)")
     args = parser.parse_args()
     try:
