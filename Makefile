@@ -33,7 +33,7 @@ source: ## fetch the pinned release, verify it against UPSTREAM, unpack it
 tree: ## build/tree: the release with every patch applied, in order
 	@$(RUN).make_tree
 
-refresh: ## write the edits of build/tree into their patches, canonically; regenerate patches/README.md
+refresh: ## write the edits of build/tree into their patches, canonically; regenerate patches/README.md, uniprefill.md
 	@$(RUN).refresh_patches $(ARGS)
 
 discard-edits: ## throw away every edit of build/tree that no patch has

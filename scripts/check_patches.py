@@ -2,8 +2,9 @@
 
 Series and files one to one; headers complete and their tests there; canonical format; exact
 application to the verified release; patched Python parses and passes ruff with vLLM's own
-settings, where ruff is; patches/README.md up to date; a refresh changes nothing; the locks made
-from the requirements. Every problem names the patch, the place and the command that mends it.
+settings, where ruff is; patches/README.md and the operator's page up to date; a refresh changes
+nothing; the locks made from the requirements. Every problem names the patch, the place and the
+command that mends it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from scripts import lock, patch_table, patchfile, tree
+from scripts import lock, operator_page, patch_table, patchfile, tree
 from scripts.fetch_source import fetch, unpack
 from scripts.fork import AREAS, ForkError, Layout, read_series, read_upstream, read_version, run_main, say
 
@@ -54,7 +55,7 @@ def check_series(layout: Layout) -> list[str]:
     if ranks != sorted(ranks):
         problems.append(f"patches/series: expected the sections in the order {', '.join(AREAS)}.")
     for path in sorted(layout.patches.iterdir()):
-        if path.name in ("series", "README.md") or path.name.startswith("."):
+        if path.name in ("series", "README.md", operator_page.COPY) or path.name.startswith("."):
             continue
         if path.name not in seen:
             problems.append(f"patches/{path.name}: not in patches/series; add the line or delete the file.")
@@ -307,7 +308,7 @@ def check(layout: Layout) -> list[str]:
     for patch in patches:
         problems += check_refresh(patch, texts[patch.name], steps)
     python = check_python(layout, steps, find_ruff(layout))
-    problems += python or check_prefixes(layout, steps)
+    problems += python or check_prefixes(layout, steps) + operator_page.check(layout, steps.final)
     table = layout.patches / "README.md"
     if not table.is_file() or table.read_text() != patch_table.render(layout):
         problems.append("patches/README.md is out of date; `make refresh`.")

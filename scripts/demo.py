@@ -24,7 +24,7 @@ from scripts.fork import ROOT, ForkError, Layout, run_main, say
 # what to change, by the reason of a report
 REMEDIES = {
     "short_prompt": "ask with more --tokens",
-    "prompt_exceeds_step": "raise --max-num-batched-tokens over the prompt's length plus --max-num-seqs",
+    "prompt_exceeds_pool": "raise pool_tokens in --uniprefill-config or ask with fewer --tokens",
 }
 
 
@@ -136,7 +136,7 @@ def summary(question: Question, dense: list[Reply], pruned: list[Reply]) -> str:
     lines = [f"\nquestion  {question.question}", f"expected  {question.answer}"]
     lines += [f"dense     {dense[-1].text}", f"pruned    {pruned[-1].text}", ""]
     if report.get("segments"):
-        lines += [f"tokens computed of {report['prompt_tokens']:,}:", bar_table(report)]
+        lines += [f"tokens computed of {report['prompt_tokens']:,}, in {report['steps']} steps:", bar_table(report)]
     lines += [nothing_dropped(report), ""]
     lines.append("time to first token")
     for name, values in times.items():
@@ -163,8 +163,6 @@ def main() -> int:
     if "uds" in given:
         raise ForkError("make demo talks to its server over TCP; leave --uds out.")
     model, needle = serve.choose_model(args.model or given.get("model"))
-    if not needle and "max-num-batched-tokens" not in given:  # it must hold the whole prompt, however many tokens it is
-        extra = ["--max-num-batched-tokens", str(2 * args.tokens), *extra]
     address = serve.Address.of(given)
     address.require_free()
     arguments = serve.serve_arguments(model, extra, serve.is_cpu_build(), needle)

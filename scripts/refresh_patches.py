@@ -1,7 +1,8 @@
 """Write the edits of build/tree into their patches, in the canonical form.
 
 The same bytes that `quilt refresh` writes with scripts/quiltrc, for every applied patch at
-once and without quilt; running it again changes nothing. Regenerates patches/README.md.
+once and without quilt; running it again changes nothing. Regenerates patches/README.md and the
+operator's page, patches/uniprefill.md.
 Ends with status 1 where the tree holds edits that no patch owns.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from scripts import patch_table, patchfile, tree
+from scripts import operator_page, patch_table, patchfile, tree
 from scripts.fork import ForkError, Layout, read_series, run_main, say, write_if_changed
 from scripts.make_tree import OWN
 
@@ -53,6 +54,7 @@ def refresh(layout: Layout) -> list[str]:
         raise ForkError("build/tree is not there; run `make tree`.")
     if applied != names[: len(applied)]:
         raise ForkError("build/tree has other patches applied than patches/series starts with: run `make tree` first.")
+    operator_page.update_tree(layout)
     steps = tree.working_steps(layout)
     lost = conflicts(layout, steps)
     if lost:
@@ -72,6 +74,7 @@ def refresh(layout: Layout) -> list[str]:
     if applied == names:
         tree.record_applied(layout, names)
     patch_table.write(layout)
+    operator_page.write_copy(layout)
     return changed
 
 

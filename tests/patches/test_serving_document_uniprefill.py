@@ -13,6 +13,9 @@ import pytest
 import vllm  # noqa: F401  before torch
 from vllm.config import UniPrefillConfig
 from vllm.v1.uniprefill import policy
+from vllm.v1.uniprefill.ledger import EndedPrefill
+from vllm.v1.uniprefill.plan import SegmentPlan
+from vllm.v1.uniprefill.report import prefill_report
 from vllm.v1.uniprefill.stats import UniPrefillProm
 
 PAGE = Path(__file__).parents[2] / "build" / "tree" / "docs" / "features" / "uniprefill.md"
@@ -51,6 +54,18 @@ def test_every_setting_with_its_default(page) -> None:
 def test_every_request_argument(page) -> None:
     described = [name for cell, _ in rows(page, "request, in `vllm_xargs`") for name in code(cell)]
     assert sorted(described) == sorted(policy._ARGS)
+
+
+def test_every_field_of_the_report(page) -> None:
+    """In the example, which is JSON, and in the table."""
+    example = re.search(r'```json\n"choices": (.*?)```', page, re.DOTALL)[1]
+    shown = json.loads(example)[0]["uniprefill"]
+    ended = EndedPrefill(dense_reason=None, alive=[16000, 384], time_to_first_token=1.0, steps=10, lane_wait=0.0)
+    report = prefill_report(ended, SegmentPlan(4, (1,)).segments)
+    assert shown.keys() == report.keys()
+    assert shown["segments"] == report["segments"]
+    described = [name for cell, _ in rows(page, "report") for name in code(cell)]
+    assert sorted(described) == sorted(report)
 
 
 def test_every_reason(page) -> None:

@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 
-from scripts import check_patches, fork, make_tree, patch_table, tree
+from scripts import check_patches, fork, make_tree, operator_page, patch_table, patchfile, refresh_patches, tree
 
-from .conftest import FIRST, SECOND, patch_text, write_series
+from .conftest import FIRST, HEADER, SECOND, mirror, patch_text, write_series
 
 
 @pytest.fixture
@@ -204,6 +204,63 @@ def test_the_table_has_a_row_a_patch(good):
     rows = [line for line in patch_table.render(good).splitlines() if line.startswith("| [")]
     assert len(rows) == 2
     assert "Raise the answer" in rows[0] and "test_core_raise_answer.py" in rows[0]
+
+
+SUPPORT = """\
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Refusal:
+    setting: str
+    remedy: str
+
+
+UNBOUNDED_ARCHITECTURES = ("OddForCausalLM",)
+REFUSALS = (
+    Refusal("--odd-size > 1", "set it to 1"),
+    Refusal("odd models", "serve another"),
+)
+"""
+DOCUMENT = "serving-document-toys.patch"
+
+
+@pytest.fixture
+def documented(good):
+    """The toy fork with an operator's page, refreshed."""
+    page = f"# Toys\n\n{operator_page.BEGIN}{operator_page.END}\nThe end.\n"
+    header = HEADER.format(title="Document toys", test=mirror(DOCUMENT))
+    files = {operator_page.PAGE: (None, page), operator_page.SUPPORT: (None, SUPPORT)}
+    (good.patches / DOCUMENT).write_text(patchfile.render(header, files))
+    (good.root / mirror(DOCUMENT)).write_text("")
+    write_series(good, [FIRST, SECOND, DOCUMENT])
+    make_tree.make_tree(good)
+    assert refresh_patches.refresh(good) == [DOCUMENT]
+    assert check_patches.check(good) == []
+    return good
+
+
+def test_a_refresh_lists_the_refusals_on_the_page_and_copies_it(documented):
+    copy = (documented.patches / "uniprefill.md").read_text()
+    assert "| `--odd-size > 1` | set it to 1 |\n| odd models | serve another |\n" in copy
+    assert "in `OddForCausalLM`." in copy and copy.endswith("\nThe end.\n")
+    assert (documented.tree / operator_page.PAGE).read_text() in copy
+    assert refresh_patches.refresh(documented) == []
+
+
+def test_the_copy_of_the_page_is_up_to_date(documented):
+    (documented.patches / "uniprefill.md").write_text("old")
+    assert only_problem(documented).startswith("patches/uniprefill.md is out of date")
+
+
+def test_the_page_lists_what_the_code_refuses(documented):
+    rewrite(documented, DOCUMENT, 'Refusal("--odd-size', 'Refusal("--even-size')
+    assert "does not list the refusals" in only_problem(documented)
+
+
+def test_the_page_keeps_the_place_of_its_list(documented):
+    rewrite(documented, DOCUMENT, f"+{operator_page.END}", "+gone\n")
+    assert any("lacks the lines" in problem for problem in check_patches.check(documented))
 
 
 def test_version_and_pin_agree(good):
