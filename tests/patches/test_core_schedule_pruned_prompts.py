@@ -245,6 +245,14 @@ def test_the_long_prefill_threshold_bounds_the_lane_unless_it_is_alone(make_engi
     assert grants == [0, 0, 100, 100, 100, BUDGET]
 
 
+def test_without_a_pool_the_threshold_does_not_starve_prompts(make_engine) -> None:
+    engine = make_engine({"pool_tokens": 0}, long_prefill_token_threshold=200)
+    requests = [engine.add(prompt, max_tokens=1) for prompt in (200, 250, 250)]
+    for _ in range(5):
+        engine.step()
+    assert [request.is_finished() for request in requests] == [True] * 3
+
+
 def test_a_preempted_prompt_starts_again_and_its_outputs_follow_the_lane(engine) -> None:
     long = engine.add(600)
     for _ in range(4):
