@@ -647,7 +647,9 @@ def made_result(device: str = "cpu") -> dict:
                 {
                     "context": "1K",
                     "seconds_per_token": {n: arithmetic.spread(v) for n, v in medians.items()},
+                    "seconds_to_first": {n: arithmetic.spread(v) for n, v in medians.items()},
                     "compared": decode.comparisons(medians),
+                    "first_compared": decode.comparisons(medians),
                 }
             ],
         },
