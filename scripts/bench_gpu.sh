@@ -6,6 +6,7 @@ site=${UNIPREFILL_SITE:-/tmp/uniprefill/site}
 if [ -d "$site/vllm" ]; then
     PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
     export PYTHONPATH
+    export VLLM_USE_FLASHINFER_SAMPLER=0 # the package leaves FlashInfer out
     exec "${PYTHON:-python3}" -m evals.gpu "$@"
 fi
 make build && exec build/venv/bin/python -m evals.gpu "$@"

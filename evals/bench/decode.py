@@ -22,7 +22,7 @@ from scripts.fork import ForkError, Layout, say
 from scripts.upstream_tests import make_release
 
 WORKER = Path(__file__).with_name("decode_worker.py")
-CONTEXTS = {"cpu": (1024, 8192), "cuda": (1024, 8192, 65536)}
+CONTEXTS = {"cpu": (1024, 8192), "cuda": (1024, 8192, 32768)}
 NEW_TOKENS = 64
 PRISTINE, FORK = "pristine", "fork, no flag"
 DENSE, PRUNED = "fork, flag, dense", "fork, flag, pruned"
@@ -40,7 +40,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
             pristine = make_release(Layout(), Path(folder))
         cuts, pruning = list(bench.shape.selection_layers or ()), bench.by_ratio.extra_args
         jobs = programs(arguments, prompts, cuts, pruning, pristine, bench.repeats)
-        yield measure_decode(jobs, bench.options.decode_rounds)
+        yield from measure_decode(jobs, bench.options.decode_rounds)
 
 
 def programs(
@@ -86,8 +86,8 @@ def run_worker(job: dict[str, Any], release: Path | None) -> dict[str, Any]:
     return found
 
 
-def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: int) -> dict[str, Any]:
-    """Run the jobs in turn, `rounds` times; one process gives one median per request.
+def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: int) -> Iterator[dict[str, Any]]:
+    """Run the jobs in turn, `rounds` times; one process gives one median per request. The row so far, after each.
 
     With a single round there is one process of a kind, and its repetitions are the values.
     """
@@ -107,22 +107,22 @@ def measure_decode(jobs: Sequence[tuple[dict[str, Any], Path | None]], rounds: i
                     first[context][request] += to_first if rounds == 1 else [statistics.median(to_first)]
                     line.append(f"{request} {context} {median * 1e3:.2f} ms")
             say(f"decode, round {number + 1}/{rounds}: {', '.join(line)}")
-    return {
-        "new_tokens": NEW_TOKENS,
-        "rounds": rounds,
-        "engine": jobs[0][0]["engine"].get("compilation_config"),
-        "packages": packages,
-        "contexts": [
-            {
-                "context": context,
-                "seconds_per_token": {name: spread(values) for name, values in requests.items()},
-                "seconds_to_first": {name: spread(values) for name, values in first[context].items()},
-                "compared": comparisons(requests),
-                "first_compared": comparisons(first[context]),
+            yield {
+                "new_tokens": NEW_TOKENS,
+                "rounds": rounds,
+                "engine": jobs[0][0]["engine"].get("compilation_config"),
+                "packages": dict(packages),
+                "contexts": [
+                    {
+                        "context": context,
+                        "seconds_per_token": {name: spread(values) for name, values in requests.items()},
+                        "seconds_to_first": {name: spread(values) for name, values in first[context].items()},
+                        "compared": comparisons(requests),
+                        "first_compared": comparisons(first[context]),
+                    }
+                    for context, requests in medians.items()
+                ],
             }
-            for context, requests in medians.items()
-        ],
-    }
 
 
 def comparisons(medians: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:

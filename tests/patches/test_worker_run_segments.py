@@ -710,6 +710,17 @@ def test_without_pruned_requests_all_layers_share_the_dense_metadata(model_state
         assert slots.tolist() == [5000, 5001, 5002, 5003]
 
 
+def test_a_step_that_is_over_leaves_no_plan_behind(model_state) -> None:
+    """Graphs are captured behind the warm-up's pruning step, and need all layers' metadata."""
+    step = SchedulerOutput.make_empty()
+    step.uniprefill = StepPlan(whole=frozenset({"long"}))
+    assert model_state.needs_eager(step)
+    batch = make_batch([3, 1], [1, 0], computed=[0, 20])
+    assert len(prepare(model_state, batch)) < LAYERS
+    model_state.take_kept_tokens()
+    assert len(prepare(model_state, batch)) == LAYERS
+
+
 def test_graph_steps_fill_the_persistent_buffers_even_so(model_state) -> None:
     """A captured graph reads them, not the shared metadata."""
     batch = make_batch([1], [0], computed=[20])
