@@ -225,7 +225,7 @@ def test_compose_serves_the_needle_model_by_default():
     folder = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", compose()["services"]["vllm"]["volumes"][0]).split(":")
     assert (DOCKER / folder[0] / Path(model).relative_to(folder[1]) / "config.json").is_file()
     options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
-    assert int(options["--max-num-batched-tokens"]) >= int(options["--max-model-len"]) + int(options["--max-num-seqs"])
+    assert int(options["--max-model-len"]) >= 16_000  # as the README's example
 
 
 def test_promtool_accepts_the_settings_and_every_query(tmp_path):
