@@ -197,7 +197,8 @@ def test_segment_of_a_layer_is_the_one_that_holds_it(num_layers: int, data) -> N
 
 def parse(*arguments: str) -> EngineArgs:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-    return EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+    # The default model would be looked up, or refused without a network.
+    return EngineArgs.from_cli_args(parser.parse_args(["--model", str(Path(__file__).parent), *arguments]))
 
 
 def test_the_flag_reaches_the_engine_args_as_an_object() -> None:
