@@ -79,7 +79,7 @@ def all_parts(shape: str, small: bool, stock: Path) -> list[Part]:
         bench("kernels", 45 * slower, *at, "--parts", "kernels", "--repeats", once),
         bench("ttft", 240 * slower, *at, "--parts", "ttft,breakdown,interleave", "--repeats", "1" if small else "2"),
         tests("graphs", 110 * slower, "tests/gpu/test_graphs.py", **({"REHEARSE_GRAPHS": "1"} if small else {})),
-        bench("decode", 300 * slower, *at, "--parts", "decode", "--decode-rounds", "1", "--repeats", few, *pristine),
+        bench("decode", 250 * slower, *at, "--parts", "decode", "--decode-rounds", "1", "--repeats", few, *pristine),
         tests("sanitizer", 60 * slower, kernels, *only_small, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         bench("traffic", 110 * slower, *at, "--parts", "concurrency,poisson", "--repeats", "1", "--arrivals", "16"),
     ]
