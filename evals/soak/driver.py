@@ -15,12 +15,13 @@ from evals.soak.traffic import COMPLETIONS, CROWD_CLIENTS, TASK, VARIANTS, Traff
 from evals.soak.watch import Memory, growth, open_files, processes_of, settle, stop
 
 MAX_MODEL_LEN = 8192
+CACHE_TOKENS = 8704
 OPTIONS: dict[str, str | None] = {
     "--uniprefill-config": '{"top_p": 0.99}',
     "--max-model-len": str(MAX_MODEL_LEN),
     "--max-num-seqs": "16",
     "--block-size": "32",
-    "--kv-cache-memory-bytes": "34M",  # 8,704 tokens: a few long requests fill it, so some are preempted
+    "--kv-cache-memory-bytes": "34M",  # CACHE_TOKENS: a few long requests fill it, so some are preempted
     "--enable-scale-out": None,  # has the route that aborts requests
     # By default the release kills its engine at once, and its HTTP server then waits for clients that nobody answers.
     "--shutdown-timeout": "600",
@@ -71,6 +72,7 @@ async def run(server: LiveServer, seconds: float, seed: int, count: int) -> dict
         watch = asyncio.create_task(memory.watch(min(2.0, seconds / 100)))
         started = time.monotonic()
         await traffic.run(seconds)
+        await traffic.outgrow(CACHE_TOKENS)
         lasted = time.monotonic() - started
         watch.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, float]] = {
 STEADY_CLIENTS = 12  # send one request after the other
 CROWD_CLIENTS = 100  # send one request each at the start of every window
 WINDOW_SECONDS = 20.0
+OUTGROWING_TOKENS = 300
 PATIENCE_SECONDS = 300.0  # an answer that takes longer counts as a hang; the crowd alone queues for some of it
 COMPLETIONS = "/v1/completions"
 
@@ -116,6 +117,20 @@ class Traffic:
         async with self.session.post(COMPLETIONS, json=body) as response:
             response.raise_for_status()
             return is_correct(question, (await response.json())["choices"][0]["text"])
+
+    async def outgrow(self, cache_tokens: int) -> None:
+        """Long answers to questions that just fit the KV cache: however slow the machine, one is preempted."""
+        together: list[NeedlePrompt] = []
+        for question in sorted(self.questions, key=lambda q: q.num_tokens, reverse=True):
+            if sum(q.num_tokens for q in together) + question.num_tokens <= cache_tokens:
+                together.append(question)
+
+        async def ask(question: NeedlePrompt) -> None:
+            body = self.body(question, VARIANTS["dense"], max_tokens=OUTGROWING_TOKENS)
+            async with self.session.post(COMPLETIONS, json=body) as response:
+                self.check(question, "dense", (await read(response))["choices"][0]["text"])
+
+        await asyncio.gather(*map(ask, together))
 
     async def run(self, seconds: float) -> None:
         """All clients, until the time is over and their last requests are answered."""
