@@ -90,7 +90,7 @@ def resolved_cuts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
         if not flag:
             raise
         raise ForkError(flag + sentence.partition("\n")[0].partition(" [type=")[0]) from None
-    return tuple(made.uniprefill_config.selection_layers)
+    return tuple(entry.layer for entry in made.uniprefill_config.selection_layers)
 
 
 @contextmanager

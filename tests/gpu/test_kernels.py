@@ -43,10 +43,14 @@ class MassCase:
     prompts: tuple[tuple[int, int], ...]
     soft_cap: float = 0.0
     sinks: bool = False
+    heads: tuple[int, ...] | None = None
+    second_hop: bool = False
 
     @property
     def name(self) -> str:
         extra = (", soft cap" if self.soft_cap else "") + (", sinks" if self.sinks else "")
+        extra += f", heads {self.heads}" if self.heads else ""
+        extra += ", second hop" if self.second_hop else ""
         prompts = " + ".join(f"{tokens}" for tokens, _ in self.prompts)
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{dtype}, {self.group * self.kv_heads}/{self.kv_heads} heads of {self.head_dim}, {prompts}{extra}"
@@ -65,6 +69,8 @@ def mass_cases(small: bool, on_gpu: bool = DEVICE == "cuda", seed: int = SEED) -
         packed = tuple((source.randrange(129, longest), source.choice((1, 7, 64, 127, 128))) for _ in range(3))
         soft_cap, sinks = source.choice(((0.0, False), (0.0, True), (30.0, False)))
         cases.append(MassCase(dtype, dim, group, kv_heads, packed, soft_cap, sinks))
+        heads = tuple(sorted(source.sample(range(group * kv_heads), source.randint(1, group * kv_heads))))
+        cases.append(MassCase(dtype, dim, group, kv_heads, packed, soft_cap, sinks, heads, second_hop=True))
         if not small:
             cases.append(MassCase(dtype, dim, group, kv_heads, ((LONG - source.randrange(64), 128),)))
     source.shuffle(cases)
@@ -78,24 +84,28 @@ def expected_mass(
     scale: float,
     soft_cap: float,
     sinks: torch.Tensor | None,
+    kv_heads: Sequence[int],
+    positions: torch.Tensor | None,
 ) -> torch.Tensor:
     """The definition in float64, one head after the other."""
-    group = query.shape[1] // key.shape[1]
     masses, start = [], 0
     for spec in specs:
         rows = slice(spec.row_start, spec.row_start + spec.num_prompt)
-        seen = torch.ones(spec.num_queries, spec.num_prompt, dtype=torch.bool, device=key.device)
-        seen = seen.tril(spec.num_prompt - spec.num_queries)
+        token = torch.arange(spec.num_prompt, device=key.device)
+        position = token[-spec.num_queries :] if positions is None else positions[start : start + spec.num_queries]
+        seen = token <= position[:, None]
+        own = token // BLOCK_SIZE == position[:, None] // BLOCK_SIZE
         mass = torch.zeros(spec.num_prompt, dtype=torch.float64, device=key.device)
         for head in range(query.shape[1]):
             q = query[start : start + spec.num_queries, head].double()
-            logits = q @ key[rows, head // group].double().T * scale
+            logits = q @ key[rows, kv_heads[head]].double().T * scale
             if soft_cap:
                 logits = soft_cap * torch.tanh(logits / soft_cap)
             logits = logits.masked_fill(~seen, -torch.inf)
             if sinks is not None:
                 logits = torch.cat([logits, sinks[head].double().expand(spec.num_queries, 1)], 1)
-            mass += logits.softmax(1)[:, : spec.num_prompt].sum(0)
+            weights = logits.softmax(1)[:, : spec.num_prompt]
+            mass += (weights if positions is None else weights.masked_fill(own, 0)).sum(0)
         masses += [part.sum() for part in mass.split(BLOCK_SIZE)]
         start += spec.num_queries
     return torch.stack(masses)
@@ -118,8 +128,15 @@ def check_mass(case: MassCase, device: str = DEVICE) -> None:
     count = sum(spec.num_queries for spec in specs)
     sharpness = torch.linspace(0.5, 3, heads, device=device)[:, None]
     values = torch.randn(count, heads, case.head_dim, generator=generator, device=device) * sharpness
-    query = guards.holding(values.to(case.dtype))
-    sinks = torch.linspace(-5, 9, heads, device=device) if case.sinks else None
+    chosen = list(case.heads or range(heads))
+    kv_heads = [head // case.group for head in chosen]
+    query = guards.holding(values[:, chosen].to(case.dtype))
+    sinks = torch.linspace(-5, 9, heads, device=device)[chosen] if case.sinks else None
+    positions = None
+    if case.second_hop:
+        places = [torch.randperm(spec.num_prompt, generator=generator, device=device) for spec in specs]
+        places = [place[: spec.num_queries].sort().values for place, spec in zip(places, specs, strict=True)]
+        positions = guards.holding(torch.cat(places))
     scale = case.head_dim**-0.5
     mass = block_mass_triton(
         GuardedAllocations.of(query, guards),
@@ -129,8 +146,10 @@ def check_mass(case: MassCase, device: str = DEVICE) -> None:
         scale=scale,
         soft_cap=case.soft_cap,
         sinks=sinks,
+        kv_heads=kv_heads if case.heads else None,
+        positions=positions,
     )
-    expected = expected_mass(query, key, specs, scale, case.soft_cap, sinks)
+    expected = expected_mass(query, key, specs, scale, case.soft_cap, sinks, kv_heads, positions)
     error = float((mass.double() - expected).norm() / expected.norm())
     differing = blocks_chosen_otherwise(mass, expected, specs)
     assert error <= TOLERANCE, f"seed {SEED}"  # NaN agrees with nothing

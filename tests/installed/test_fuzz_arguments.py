@@ -41,12 +41,16 @@ SETTINGS = [
     "num_queries",
     "sink_tokens",
     "recent_tokens",
+    "hops",
+    "hop_blocks",
     "min_prompt_tokens",
     "pool_tokens",
     "pool_device",
+    "profile",
+    "calibrated_for",
     "enabled",
 ]
-ARGUMENTS = ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_report"]
+ARGUMENTS = ["uniprefill", "uniprefill_top_p", "uniprefill_keep_ratio", "uniprefill_hops", "uniprefill_report"]
 
 # At the edges of what is taken, and of what Python, C and JSON call a number.
 NUMBERS = st.sampled_from(
@@ -85,8 +89,10 @@ def check_config(config: UniPrefillConfig) -> None:
     assert config.sink_tokens >= 0 and config.num_queries <= config.recent_tokens
     assert config.pool_tokens is None or config.pool_tokens >= 0
     assert config.pool_device in ("device", "host") and isinstance(config.enabled, bool)
-    layers = config.selection_layers
-    assert layers == "auto" or (layers == sorted(set(layers)) and min(layers) >= 0)
+    assert config.hops in (1, 2) and config.hop_blocks >= 1
+    if config.selection_layers != "auto":
+        layers = [entry.layer for entry in config.selection_layers]
+        assert layers == sorted(set(layers)) and min(layers) >= 0
 
 
 def check_sentence(message: str) -> None:
@@ -100,6 +106,10 @@ def check_sentence(message: str) -> None:
 @given(value=objects(SETTINGS) | VALUES)
 @example(value={"top_p": 10**400})
 @example(value={"selection_layers": [[1]]})
+@example(value={"selection_layers": [{"layer": 1, "heads": []}]})
+@example(value={"selection_layers": [{}]})
+@example(value={"profile": 1})
+@example(value={"profile": "\0"})
 @example(value={"__dataclass_self__": 1})
 @example(value={"recent_tokens": math.inf})
 def test_any_config_is_taken_or_refused(value: Any) -> None:
@@ -151,7 +161,7 @@ def test_any_config_starts_or_is_refused(value: dict[str, Any]) -> None:
         check_sentence(str(error))
         return
     check_config(config.uniprefill_config)
-    assert set(config.uniprefill_config.selection_layers) <= set(range(7))
+    assert {entry.layer for entry in config.uniprefill_config.selection_layers} <= set(range(7))
 
 
 def engine_config(uniprefill: dict[str, Any]) -> Any:
@@ -188,8 +198,9 @@ def test_any_request_is_decided_or_refused(policy: PrunePolicy, extra: dict[str,
     except VLLMValidationError as error:
         assert str(error)
         return
-    assert (decision.top_p is None) != (decision.keep_ratio is None)
-    assert is_share(decision.keep_ratio if decision.top_p is None else decision.top_p)
+    assert decision.top_p is None or decision.keep_ratio is None
+    assert all(is_share(value) for value in (decision.top_p, decision.keep_ratio) if value is not None)
+    assert decision.hops == 1
     assert decision.dense_reason in (None, *get_args(DenseReason))
     assert decision.pruned == (1024 <= length <= 8433 and extra.get("uniprefill", 1) == 1)
     assert decision.wants_report == bool(extra.get("uniprefill_report", 0))

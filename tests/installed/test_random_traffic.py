@@ -17,7 +17,7 @@ VOCAB = 1024
 MAX_LEN = 640
 LANE_BUDGET = 320  # the longer prompts take several steps
 NUM_BLOCKS = 48  # of 32 tokens: two or three long requests fill them
-CONFIG = SMALL_CUTS | {"top_p": 0.7}
+CONFIG = SMALL_CUTS | {"top_p": 0.7, "hops": 2}
 # Preempted requests compute their output tokens again, in one batch instead of one by one, which
 # rounds otherwise. A token may differ only where the best two were this close (log probability).
 NEAR_TIE = 0.1
@@ -47,6 +47,7 @@ ARRIVALS = st.lists(
                 (("uniprefill", 0),),
                 (("uniprefill_top_p", 0.4),),
                 (("uniprefill_keep_ratio", 0.3),),
+                (("uniprefill_hops", 1),),
                 (("uniprefill_top_p", 1.0),),
             ]
         ),

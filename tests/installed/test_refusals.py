@@ -52,6 +52,8 @@ def configure(model, uniprefill, **arguments):
         ({"selection_layers": [1, 99]}, "99"),
         ({"selection_layers": [3]}, "last one"),
         ({"selection_layers": "some"}, "selection_layers"),
+        ({"selection_layers": [{"layer": 1, "heads": [99]}]}, "layer 1 has no head 99"),
+        ({"profile": "nowhere.json"}, "profile: 'nowhere.json' cannot be read"),
         ({"min_prompt_tokens": 9000}, "pool_tokens"),
         ({"pool_tokens": -1}, "pool_tokens"),
         ({"pool_device": "disk"}, "pool_device"),
@@ -243,7 +245,7 @@ def test_pooling_model(model) -> None:
 def test_defaults_resolve(model) -> None:
     config = configure(model, {}).uniprefill_config
     assert config.top_p == 0.99 and config.keep_ratio is None and config.enabled
-    assert config.selection_layers == [1]
+    assert [entry.layer for entry in config.selection_layers] == [1]
 
 
 def test_absent_flag_leaves_no_config(model) -> None:

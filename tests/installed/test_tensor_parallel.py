@@ -30,7 +30,13 @@ pytestmark = [
 ]
 
 VOCAB = 1024
-CONFIG = SMALL_CUTS | {"top_p": 0.7}
+# Of two ranks and of four, only the last has the head that scores at the second cut.
+CONFIG = SMALL_CUTS | {
+    "selection_layers": [1, {"layer": 2, "heads": [3], "num_queries": 8}],
+    "top_p": 0.7,
+    "hops": 2,
+    "hop_blocks": 2,
+}
 # A dead rank is noticed within this many seconds: vLLM gives the others 4 + 4 to end by themselves.
 NOTICED_WITHIN = 60
 
@@ -50,6 +56,7 @@ def requests(count: int) -> tuple[list[TokensPrompt], list[SamplingParams]]:
     rng = random.Random(count)
     prompts = [TokensPrompt(prompt_token_ids=rng.choices(range(VOCAB), k=rng.randint(40, 500))) for _ in range(count)]
     extra = [{}, {}, {}, {}, {"uniprefill_top_p": 0.4}, {"uniprefill_keep_ratio": 0.3}, {"uniprefill": 0}]
+    extra += [{"uniprefill_hops": 1}, {"uniprefill_hops": 1}]
     params = [
         SamplingParams(
             max_tokens=rng.randint(1, 24),

@@ -12,16 +12,16 @@ Shapes: T rows (tokens in this pass), H query heads, G KV heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .selection import Selection, SelectionRule, block_masses, select_blocks
+from .selection import Selection, SelectionRule, TwoHops, asking_blocks, block_masses, select_blocks
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "qwen3_moe", "mixtral")
 QUERY_CHUNK = 256
@@ -37,7 +37,7 @@ class Cut:
     layer: int
     alive: list[int]
     kept: list[int]
-    selection: Selection | None
+    selection: Selection | TwoHops | None
 
     def blocks_kept(self, kept: Sequence[int]) -> Tensor:
         """[blocks] bool: the blocks of `alive` that `kept` positions consist of;
@@ -185,6 +185,9 @@ class Oracle:
         num_queries: int = 128,
         sink_tokens: int = 128,
         recent_tokens: int = 128,
+        hops: Literal[1, 2] = 1,
+        hop_blocks: int = 4,
+        of_layer: Mapping[int, Mapping[str, Any]] | None = None,
         min_prompt_tokens: int = 0,
         forced_tokens: list[int] | None = None,
         kept_sets: list[list[int]] | None = None,
@@ -196,7 +199,8 @@ class Oracle:
         not the last layer); none, or a prompt shorter than `min_prompt_tokens`,
         makes the request dense. `kept_sets` gives the positions kept at each
         cut instead of choosing them. Output token i is `forced_tokens[i]` as
-        far as that list goes, else the greedy one.
+        far as that list goes, else the greedy one. `of_layer` gives fields of the
+        rule that a selection layer has otherwise, `heads` among them.
 
         `num_resumed`: a preempted request resumes. The first so many of
         `forced_tokens` were generated before and are prefilled together with
@@ -214,10 +218,21 @@ class Oracle:
             raise ValueError("kept_sets needs one set per selection layer")
         rule: SelectionRule | None = None
         if cut_layers and (kept_sets is None or top_p is not None or keep_ratio is not None):
-            rule = SelectionRule(top_p, keep_ratio, top_p_over, block_size, num_queries, sink_tokens, recent_tokens)
+            rule = SelectionRule(
+                top_p,
+                keep_ratio,
+                top_p_over,
+                block_size,
+                num_queries,
+                sink_tokens,
+                recent_tokens,
+                hops=hops,
+                hop_blocks=hop_blocks,
+            )
+        rules = {layer: rule and replace(rule, **(of_layer or {}).get(layer, {})) for layer in cut_layers}
 
         caches: list[LayerCache] = []
-        cuts, logits = self._prefill(prompt_ids, given[:num_resumed], cut_layers, rule, kept_sets, caches)
+        cuts, logits = self._prefill(prompt_ids, given[:num_resumed], rules, kept_sets, caches)
         rows = list(logits)
         tokens: list[int] = []
         while True:
@@ -234,8 +249,7 @@ class Oracle:
         self,
         prompt_ids: list[int],
         resumed: list[int],
-        cut_layers: list[int],
-        rule: SelectionRule | None,
+        rules: Mapping[int, SelectionRule | None],
         kept_sets: list[list[int]] | None,
         caches: list[LayerCache],
     ) -> tuple[list[Cut], Tensor]:
@@ -250,9 +264,9 @@ class Oracle:
             queries, keys, values = self._project(index, hidden, positions)
             caches.append(LayerCache(keys, values, positions))
             hidden = self._finish_layer(index, hidden, queries, caches[index], positions)
-            if index in cut_layers:
+            if index in rules:
                 given = None if kept_sets is None else kept_sets[len(cuts)]
-                cut = self._cut(index, queries, keys, positions[positions < num_prompt], rule, given)
+                cut = self._cut(index, queries, keys, positions[positions < num_prompt], rules[index], given)
                 cuts.append(cut)
                 alive = torch.isin(positions, torch.tensor(cut.kept)) | (positions >= num_prompt)
                 hidden, positions = hidden[alive], positions[alive]
@@ -290,8 +304,7 @@ class Oracle:
         selection = None
         kept = given
         if rule is not None:
-            mass = self._token_mass(index, queries, keys, alive, rule.num_queries)
-            selection = select_blocks(block_masses(mass, rule.block_size), len(alive), rule)
+            selection = self._select(index, queries, keys, alive, rule)
             if kept is None:
                 kept = _tokens_of(selection.kept, alive.tolist(), rule.block_size)
         assert kept is not None
@@ -299,14 +312,35 @@ class Oracle:
             raise ValueError(f"layer {index}: kept positions must ascend, be alive and hold the last one")
         return Cut(index, alive.tolist(), kept, selection)
 
-    def _token_mass(self, index: int, queries: Tensor, keys: Tensor, alive: Tensor, num_queries: int) -> Tensor:
-        """[n] fp32: what each alive prompt token receives from the last prompt
-        queries, summed over them and over heads."""
-        first, end = max(0, len(alive) - num_queries), len(alive)
-        weights = attention_weights(
-            queries[:, first:end], keys[:, :end], alive[first:], alive, **self._attention(index)
-        )
-        return weights.sum((0, 1))
+    def _select(
+        self, index: int, queries: Tensor, keys: Tensor, alive: Tensor, rule: SelectionRule
+    ) -> Selection | TwoHops:
+        """Choose blocks of the `alive` [n] tokens by the rule's hops."""
+        size, token = rule.block_size, torch.arange(len(alive))
+        weights = self._weights(index, queries, keys, alive, token[-rule.num_queries :], rule)
+        first = select_blocks(block_masses(weights.sum((0, 1)), size), len(alive), rule)
+        if rule.hops == 1:
+            return first
+        asking, margin = asking_blocks(first)
+        if not asking:
+            return first
+        rows = token[torch.isin(token // size, torch.tensor(asking))]
+        weights = self._weights(index, queries, keys, alive, rows, rule)
+        own = token // size == (rows // size)[:, None]
+        mass = block_masses(weights.masked_fill(own, 0).sum((0, 1)), size)
+        second = select_blocks(mass, len(alive), replace(rule, top_p_over="middle"))
+        return TwoHops(first, second, asking, margin)
+
+    def _weights(
+        self, index: int, queries: Tensor, keys: Tensor, alive: Tensor, rows: Tensor, rule: SelectionRule
+    ) -> Tensor:
+        """[heads, rows, n] fp32: what the queries of these alive tokens pay to each, by scoring head."""
+        attention, end = self._attention(index), len(alive)
+        heads = list(rule.heads or range(self.num_heads))
+        if attention["sinks"] is not None:
+            attention["sinks"] = attention["sinks"][heads]
+        own_keys = keys[[head * self.num_kv_heads // self.num_heads for head in heads], :end]
+        return attention_weights(queries[heads][:, rows], own_keys, alive[rows], alive, **attention)
 
     def _attention(self, index: int) -> dict:
         """The layer's own scale, soft cap and sinks."""

@@ -25,6 +25,9 @@ class SelectionRule:
     num_queries: int = 128
     sink_tokens: int = 128
     recent_tokens: int = 128
+    heads: tuple[int, ...] | None = None
+    hops: Literal[1, 2] = 1
+    hop_blocks: int = 4
 
     def __post_init__(self) -> None:
         if (self.top_p is None) == (self.keep_ratio is None):
@@ -92,6 +95,48 @@ class Selection:
     def disputed(self, kept: Tensor, tolerance: float) -> list[int]:
         """Blocks where `kept` ([blocks] bool) differs from ours and no tie excuses it."""
         return torch.nonzero((kept != self.kept) & ~self.undecided(tolerance)).flatten().tolist()
+
+
+@dataclass(frozen=True)
+class TwoHops:
+    """Two selections at one cut: what either keeps is kept.
+
+    asking: ascending indices of the blocks whose tokens asked in the second hop.
+    asking_margin: by how much, relatively, the least of them outweighs the
+            heaviest of the others; inf if there are none.
+    """
+
+    first: Selection
+    second: Selection
+    asking: list[int]
+    asking_margin: float
+
+    @property
+    def rule(self) -> SelectionRule:
+        return self.first.rule
+
+    @property
+    def mass(self) -> Tensor:
+        return self.first.mass
+
+    @property
+    def kept(self) -> Tensor:
+        return self.first.kept | self.second.kept
+
+    def undecided(self, tolerance: float) -> Tensor:
+        """As `Selection.undecided`, given that the same blocks ask."""
+        first, second = (hop.undecided(tolerance) for hop in (self.first, self.second))
+        surely_kept = (self.first.kept & ~first) | (self.second.kept & ~second)
+        return (first | second) & ~surely_kept
+
+
+def asking_blocks(selection: Selection) -> tuple[list[int], float]:
+    """`TwoHops.asking` and its margin, by the masses of the first score."""
+    open_blocks = torch.nonzero(~selection.forced).flatten()
+    mass, order = torch.sort(selection.mass[open_blocks], descending=True, stable=True)
+    count = selection.rule.hop_blocks
+    margin = float(1 - mass[count] / mass[count - 1]) if len(mass) > count else math.inf
+    return sorted(open_blocks[order[:count]].tolist()), margin
 
 
 def _largest_share(part: Tensor, total: Tensor, tolerance: float) -> Tensor:

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from vllm.config import UniPrefillConfig
 from vllm.config.compilation import CompilationMode
-from vllm.config.uniprefill import DEFAULT_POOL_TOKENS
+from vllm.config.uniprefill import DEFAULT_POOL_TOKENS, SelectionLayer
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.uniprefill.plan import (
     SegmentPlan,
     auto_selection_layers,
+    check_selection_layers,
     layer_kinds,
-    resolve_selection_layers,
     segment_of_layer_name,
 )
 from vllm.v1.uniprefill.support import UNBOUNDED_ARCHITECTURES
@@ -37,6 +37,7 @@ def hf_model(*kinds: str, layers: int | None = None, window: int | None = None) 
         hf_text_config=text_config,
         get_total_num_hidden_layers=lambda: len(kinds) or layers,
         get_sliding_window=lambda: window,
+        model_arch_config=SimpleNamespace(total_num_attention_heads=8),
     )
 
 
@@ -50,6 +51,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert (config.sink_tokens, config.recent_tokens) == (128, 128)
     assert (config.min_prompt_tokens, config.enabled) == (1024, True)
     assert (config.pool_tokens, config.pool_device) == (None, "device")
+    assert (config.hops, config.hop_blocks, config.profile) == (1, 4, None)
 
 
 def test_keep_ratio_takes_the_place_of_the_default_top_p() -> None:
@@ -58,7 +60,15 @@ def test_keep_ratio_takes_the_place_of_the_default_top_p() -> None:
 
 
 def test_selection_layers_are_sorted_and_unique() -> None:
-    assert UniPrefillConfig(selection_layers=[5, 1, 5, 3]).selection_layers == [1, 3, 5]
+    layers = UniPrefillConfig(selection_layers=[5, {"layer": 1, "heads": [3, 0, 3]}, 5, 3]).selection_layers
+    assert layers == [SelectionLayer(layer=1, heads=[0, 3]), SelectionLayer(layer=3), SelectionLayer(layer=5)]
+
+
+def test_the_most_queries_may_be_a_layers_own() -> None:
+    """Where each says how many, the general number does not count."""
+    layers = [{"layer": 1, "num_queries": 8}, {"layer": 3, "num_queries": 32}]
+    assert UniPrefillConfig(selection_layers=layers).max_num_queries == 32
+    assert UniPrefillConfig(selection_layers=[*layers, 4]).max_num_queries == 128
 
 
 @pytest.mark.parametrize("share", [1, 0.001])
@@ -85,18 +95,40 @@ def test_shares_up_to_one_are_taken(share: float) -> None:
             "lower num_queries or raise recent_tokens.",
         ),
         ({"selection_layers": []}, 'selection_layers is empty; list at least one layer or use "auto".'),
-        ({"selection_layers": [3, -1]}, "selection_layers must not be negative; layers count from 0."),
         *(
-            ({"selection_layers": bad}, f'selection_layers must be "auto" or a list of layer numbers, not {bad!r}.')
-            for bad in ("some", [True], [[1]], 3)
+            ({"selection_layers": bad}, f'selection_layers must be "auto" or a list of layers, not {bad!r}.')
+            for bad in ("some", 3)
         ),
+        *(
+            ({"selection_layers": [bad]}, f"selection_layers: {sentence}.")
+            for bad, sentence in (
+                (-1, "layer must be greater than or equal to 0, not -1"),
+                (True, "layer must be a valid integer, not True"),
+                ([1], "layer must be a valid integer, not [1]"),
+                ({"heads": [1]}, "{'heads': [1]} names no layer; add it"),
+                (
+                    {"layer": 1, "head": 2},
+                    "'head' is no setting of a layer; use one of layer, heads, num_queries, top_p, keep_ratio",
+                ),
+                ({"layer": 1, "heads": 2}, "heads must be a valid list, not 2"),
+                ({"layer": 1, "heads": [-1]}, "heads must be greater than or equal to 0, not [-1]"),
+                ({"layer": 1, "top_p": 0.5, "keep_ratio": 0.5}, "top_p and keep_ratio exclude each other; set one"),
+            )
+        ),
+        (
+            {"selection_layers": [1, {"layer": 1, "num_queries": 8}]},
+            "selection_layers has layer 1 twice; drop one.",
+        ),
+        ({"hops": 3}, "hops must be 1 or 2, not 3."),
+        ({"hop_blocks": 0}, "hop_blocks must be greater than or equal to 1, not 0."),
         ({"pool_tokens": -1}, "pool_tokens must be greater than or equal to 0, not -1."),
         ({"pool_device": "cpu"}, "pool_device must be 'device' or 'host', not 'cpu'."),
         ({"top_p_over": "none"}, "top_p_over must be 'all' or 'middle', not 'none'."),
         (
             {"top_q": 0.9},
             "'top_q' is no setting; use one of selection_layers, top_p, keep_ratio, top_p_over, block_size, "
-            "num_queries, sink_tokens, recent_tokens, min_prompt_tokens, pool_tokens, pool_device, enabled.",
+            "num_queries, sink_tokens, recent_tokens, hops, hop_blocks, min_prompt_tokens, pool_tokens, "
+            "pool_device, profile, calibrated_for, enabled.",
         ),
     ],
     ids=str,
@@ -139,11 +171,6 @@ def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
     assert layer_kinds(hf_model(layers=2, window=512)) == [SLIDING, SLIDING]
 
 
-def test_selection_layers_are_taken_as_configured_or_chosen() -> None:
-    assert resolve_selection_layers([0, 6], hf_model(layers=8)) == [0, 6]
-    assert resolve_selection_layers("auto", hf_model(layers=8)) == [1, 3, 5]
-
-
 @pytest.mark.parametrize(
     ("layers", "model", "named"),
     [
@@ -160,12 +187,13 @@ def test_selection_layers_are_taken_as_configured_or_chosen() -> None:
             hf_model("full_attention", "sliding_attention", "full_attention"),
             "sliding-attention layers; serve a model",
         ),
-        ("auto", hf_model(layers=2), "too few layers"),
+        ([], hf_model(layers=2), "too few layers"),
+        ([{"layer": 1, "heads": [0, 8]}], hf_model(layers=8), "layer 1 has no head 8; choose heads from 0 to 7."),
     ],
 )
 def test_impossible_selection_layers_are_refused(layers, model, named: str) -> None:
     with pytest.raises(ValueError) as error:
-        resolve_selection_layers(layers, model)
+        check_selection_layers(layers and UniPrefillConfig(selection_layers=layers).selection_layers, model)
     assert named in str(error.value).replace(' or use "auto"', " or")
 
 
@@ -230,7 +258,7 @@ def test_what_is_no_json_object_is_a_usage_error(text: str, reason: str, capsys)
 def test_the_flag_reaches_the_config_and_leaves_compilation_alone(configure) -> None:
     config = configure({"top_p": 0.9})
     assert config.uniprefill_config.top_p == 0.9
-    assert config.uniprefill_config.selection_layers == [1, 3, 5]
+    assert config.uniprefill_config.selection_layers == [SelectionLayer(layer=layer) for layer in (1, 3, 5)]
     assert config.compilation_config.mode == configure(None).compilation_config.mode
     assert config.use_v2_model_runner
     config.uniprefill_config.verify_with(config)  # as where a config arrives
@@ -331,6 +359,61 @@ def test_the_transformers_backend_is_refused_in_one_sentence(configure) -> None:
         "--uniprefill-config does not work with models on the Transformers backend (TransformersForCausalLM); "
         "serve a model that vLLM implements itself or drop --uniprefill-config."
     )
+
+
+# --- profiles --------------------------------------------------------------------------
+
+LLAMA = {
+    "name": "toy",
+    "architecture": "LlamaForCausalLM",
+    "num_layers": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "hidden_size": 64,
+    "vocab_size": 1024,
+}
+CALIBRATED = {"selection_layers": [{"layer": 2, "heads": [1], "num_queries": 8}], "keep_ratio": 0.3, "hops": 2}
+
+
+def write_profile(path: Path, **changes: object) -> str:
+    path.write_text(json.dumps({"model": LLAMA | changes, "settings": CALIBRATED}))
+    return str(path)
+
+
+def test_a_profile_gives_the_settings_and_others_take_precedence(configure, tmp_path) -> None:
+    path = write_profile(tmp_path / "profile.json")
+    config = configure({"profile": path, "block_size": 32}).uniprefill_config
+    assert config.selection_layers == [SelectionLayer(layer=2, heads=[1], num_queries=8)]
+    assert (config.keep_ratio, config.top_p, config.hops, config.block_size) == (0.3, None, 2, 32)
+    assert (config.profile, config.calibrated_for) == (path, LLAMA)
+    config = configure({"profile": path, "top_p": 0.9, "hops": 1}).uniprefill_config
+    assert (config.keep_ratio, config.top_p, config.hops) == (None, 0.9, 1)
+
+
+def test_another_models_profile_is_refused_by_name(configure, tmp_path) -> None:
+    path = write_profile(tmp_path / "profile.json", num_heads=4)
+    with pytest.raises(ValueError, match=r"was made for 'toy' with num_heads 4, and '.*' has 2; make one"):
+        configure({"profile": path})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "has no settings and model"), ("{}", "has no settings")],
+)
+def test_what_is_no_profile_is_refused_by_its_path(text: str | None, reason: str, tmp_path) -> None:
+    path = tmp_path / "profile.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=f"--uniprefill-config profile: '{path}' {reason}"):
+        UniPrefillConfig.from_cli({"profile": str(path)})
+
+
+def test_a_profile_with_an_unknown_setting_is_refused_by_the_settings_name(tmp_path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"model": LLAMA, "settings": {"heads": [1]}}))
+    with pytest.raises(ValueError, match="'heads' is no setting; use one of"):
+        UniPrefillConfig.from_cli({"profile": str(path)})
 
 
 def test_other_failures_keep_pydantics_frame(configure) -> None:

@@ -25,16 +25,16 @@ UNIPREFILL = {"top_p": 0.9, "selection_layers": [1, 4], "min_prompt_tokens": MIN
 def test_arguments_are_read() -> None:
     config = UniPrefillConfig()
     given = {"uniprefill_top_p": 1, "uniprefill_report": True, "other": object()}
-    assert RequestArgs.parse(given, config) == RequestArgs(None, 1, None, True)
-    assert RequestArgs.parse({"uniprefill": 0}, config) == RequestArgs(False, None, None, False)
+    assert RequestArgs.parse(given, config) == RequestArgs(top_p=1, report=True)
+    assert RequestArgs.parse({"uniprefill": 0}, config) == RequestArgs(enabled=False)
     given = {"uniprefill": 1, "uniprefill_keep_ratio": 0.2}
-    assert RequestArgs.parse(given, config) == RequestArgs(True, None, 0.2, False)
+    assert RequestArgs.parse(given, config) == RequestArgs(enabled=True, keep_ratio=0.2)
 
 
 @pytest.mark.parametrize("config", [None, UniPrefillConfig()], ids=["without", "with"])
 @pytest.mark.parametrize("given", [None, {}, {"prefill": 3}], ids=str)
 def test_requests_without_our_arguments_ask_for_nothing(given, config) -> None:
-    assert RequestArgs.parse(given, config) == RequestArgs(None, None, None, False)
+    assert RequestArgs.parse(given, config) == RequestArgs()
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,7 @@ def test_requests_without_our_arguments_ask_for_nothing(given, config) -> None:
     [
         *(("uniprefill", value) for value in (2, -1, "1", 1.0, None, [])),
         *(("uniprefill_report", value) for value in (2, "yes", 0.0)),
+        *(("uniprefill_hops", value) for value in (0, 3, 1.0, True, "2", None, 2)),
         *(
             (name, value)
             for name in ("uniprefill_top_p", "uniprefill_keep_ratio")
@@ -125,16 +126,15 @@ def test_requests_choose_against_the_default(decide) -> None:
 @pytest.mark.parametrize(
     ("config", "extra", "expected"),
     [
-        ({"top_p": 0.9}, {}, (0.9, None)),
+        ({"top_p": 0.9}, {}, (None, None)),
         ({"top_p": 0.9}, {"uniprefill_top_p": 0.5}, (0.5, None)),
         ({"top_p": 0.9}, {"uniprefill_keep_ratio": 0.2}, (None, 0.2)),
-        ({"top_p": None, "keep_ratio": 0.3}, {}, (None, 0.3)),
         ({"top_p": None, "keep_ratio": 0.3}, {"uniprefill_keep_ratio": 0.2}, (None, 0.2)),
         ({"top_p": None, "keep_ratio": 0.3}, {"uniprefill_top_p": 0.5}, (0.5, None)),
     ],
     ids=str,
 )
-def test_the_requests_budget_replaces_the_configs(decide, config, extra, expected) -> None:
+def test_a_decision_has_the_requests_own_budget_only(decide, config, extra, expected) -> None:
     decision = decide(config, 100, extra=extra)
     assert (decision.top_p, decision.keep_ratio) == expected
 

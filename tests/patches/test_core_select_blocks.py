@@ -22,8 +22,10 @@ from vllm.v1.uniprefill.selection import (  # noqa: E402
     SelectionSpec,
     block_mass,
     block_mass_reference,
+    heaviest_blocks,
     kept_rows,
     known_kept_tokens,
+    second_hop,
     select_blocks,
 )
 from vllm.v1.uniprefill.selection import mass as mass_module  # noqa: E402
@@ -60,24 +62,32 @@ def interpret_bf16_dot(monkeypatch):
 # --- block mass ----------------------------------------------------------------
 
 
-def naive_block_mass(query, key, specs, *, block_size, scale, soft_cap=0.0, sinks=None):
+def naive_block_mass(
+    query, key, specs, *, block_size, scale, soft_cap=0.0, sinks=None, kv_heads=None, positions=None
+):
     """float64, everything in memory, one loop per request."""
     query, key = query.double(), key.double()
-    group = query.shape[1] // key.shape[1]
+    if kv_heads is None:
+        kv_heads = [head * key.shape[1] // query.shape[1] for head in range(query.shape[1])]
     masses, start = [], 0
     for spec in specs:
         n, m = spec.num_prompt, spec.num_queries
         q = query[start : start + m]
-        k = key[spec.row_start : spec.row_start + n].repeat_interleave(group, dim=1)
+        k = key[spec.row_start : spec.row_start + n, kv_heads]
         logits = torch.einsum("qhd,khd->hqk", q, k) * scale
         if soft_cap > 0:
             logits = soft_cap * torch.tanh(logits / soft_cap)
-        seen = torch.ones(m, n, dtype=torch.bool, device=k.device).tril(n - m)
+        token = torch.arange(n, device=k.device)
+        position = token[n - m :] if positions is None else positions[start : start + m]
+        seen = token <= position[:, None]
         logits = logits.masked_fill(~seen, -math.inf)
         if sinks is not None:
             column = sinks.double()[:, None, None].expand(-1, m, 1)
             logits = torch.cat([logits, column], dim=2)
-        token_mass = logits.softmax(2)[:, :, :n].sum((0, 1))
+        weights = logits.softmax(2)[:, :, :n]
+        if positions is not None:
+            weights = weights.masked_fill(token // block_size == position[:, None] // block_size, 0)
+        token_mass = weights.sum((0, 1))
         masses += [part.sum() for part in token_mass.split(block_size)]
         start += m
     return torch.stack(masses)
@@ -137,6 +147,45 @@ def test_mass_with_soft_cap_and_sinks(implementation, soft_cap, with_sinks):
     check_mass(implementation, batch, soft_cap=soft_cap, sinks=sinks, scale=0.3)
 
 
+HEAD_CHOICES = [[0], [5], [1, 2, 3], [0, 4, 5], [2, 4], list(range(6))]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", HEAD_CHOICES, ids=str)
+def test_mass_of_some_heads(implementation, heads):
+    """Each with its own sink; a KV head that none of them reads may hold anything."""
+    query, key, specs = make_batch([(333, 40), (130, 128)], 6, 3, 64, torch.bfloat16)
+    sinks = torch.linspace(-5, 9, 6, device=DEVICE)[heads]
+    kv_heads = [head // 2 for head in heads]
+    unread = [head for head in range(3) if head not in kv_heads]
+    key[:, unread] = math.nan
+    check_mass(implementation, (query[:, heads], key, specs), sinks=sinks, kv_heads=kv_heads, soft_cap=20.0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_all_heads_listed_are_all_heads(implementation):
+    query, key, specs = make_batch([(700, 128), (130, 9)], 6, 2, 64, torch.bfloat16)
+    kwargs = dict(block_size=64, scale=0.125)
+    listed = implementation(query, key, specs, kv_heads=[0, 0, 0, 1, 1, 1], **kwargs)
+    assert torch.equal(listed, implementation(query, key, specs, **kwargs))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("heads", [[0, 1, 2, 3], [1, 2], [3]], ids=str)
+def test_mass_of_queries_anywhere(implementation, heads):
+    """What a query pays to its own block is in its denominator and in no mass."""
+    generator = torch.Generator().manual_seed(7)
+    query, key, specs = make_batch([(1100, 128), (333, 64), (64, 3)], 4, 2, 64, torch.bfloat16)
+    positions = [torch.randperm(s.num_prompt, generator=generator)[: s.num_queries].sort().values for s in specs]
+    check_mass(
+        implementation,
+        (query[:, heads], key, specs),
+        positions=torch.cat(positions).to(DEVICE),
+        kv_heads=[head // 2 for head in heads],
+        sinks=torch.linspace(-5, 3, 4, device=DEVICE)[heads],
+    )
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("block_size", [1, 16, 48, 128, 150])
 def test_mass_with_any_block_size(implementation, block_size):
@@ -193,23 +242,29 @@ def test_mass_takes_views_of_packed_qkv(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_mass_is_batch_invariant(implementation, dtype):
+@pytest.mark.parametrize("second_hop", [False, True])
+def test_mass_is_batch_invariant(implementation, dtype, second_hop):
     """Alone or among others, at whatever rows: the same bits."""
     prompts = [(1100, 64), (333, 128), (150, 17)]
     query, key, specs = make_batch(prompts, 4, 2, 80, dtype)
     sinks = torch.randn(4, device=DEVICE)
     kwargs = dict(block_size=64, scale=0.2, sinks=sinks)
-    together = implementation(query, key, specs, **kwargs)
+    everyones = [torch.arange(s.num_queries, device=DEVICE) + 20 for s in specs]
+
+    def positions(*places):
+        return {"positions": torch.cat([everyones[i] for i in places])} if second_hop else {}
+
+    together = implementation(query, key, specs, **kwargs, **positions(0, 1, 2))
     queries = query.split([spec.num_queries for spec in specs])
     masses = together.split([math.ceil(spec.num_prompt / 64) for spec in specs])
-    for spec, q, mass in zip(specs, queries, masses, strict=False):
+    for place, (spec, q, mass) in enumerate(zip(specs, queries, masses, strict=True)):
         k = key[spec.row_start : spec.row_start + spec.num_prompt].clone()
         alone = SelectionSpec(0, spec.num_prompt, 0, spec.num_queries, 0.9)
-        assert torch.equal(implementation(q.clone(), k, [alone], **kwargs), mass)
+        assert torch.equal(implementation(q.clone(), k, [alone], **kwargs, **positions(place)), mass)
     for row in range(1, 4):  # keys at any alignment
         k = torch.cat([key[:row], key[specs[1].row_start :][: specs[1].num_prompt]])
         moved = SelectionSpec(row, specs[1].num_prompt, 0, specs[1].num_queries, 0.9)
-        assert torch.equal(implementation(queries[1], k, [moved], **kwargs), masses[1])
+        assert torch.equal(implementation(queries[1], k, [moved], **kwargs, **positions(1)), masses[1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -245,6 +300,11 @@ def test_dispatch_and_shape_errors():
     ]:
         with pytest.raises(ValueError):
             block_mass(bad_query, bad_key, specs, sinks=sinks, **kwargs)
+    for kv_heads in ([0, 0, 1], [0, 1, 0, 1], [0, 0, 1, 2]):
+        with pytest.raises(ValueError, match="kv_heads"):
+            block_mass(query, key, specs, kv_heads=kv_heads, **kwargs)
+    with pytest.raises(ValueError, match="positions"):
+        block_mass(query, key, specs, positions=torch.arange(7), **kwargs)
     for num_queries in (0, 11):
         with pytest.raises(ValueError, match="num_queries"):
             SelectionSpec(0, 10, 0, num_queries, 0.9)
@@ -498,6 +558,42 @@ def test_selection_ignores_the_default_dtype(default):
         assert select_one([0.0] * 8, 0.5) == [0, 1, 2, 3]
     finally:
         torch.set_default_dtype(previous)
+
+
+# --- the second hop ------------------------------------------------------------
+
+HOP_SIZES = dict(block_size=4, sink_tokens=4, recent_tokens=4)
+
+
+def test_the_heaviest_middle_blocks_ask_in_their_order():
+    """At equal mass the earlier one; requests with one hop or that keep all ask nothing."""
+    two_hops = SelectionSpec(3, 24, 0, 2, 0.9, hops=2)
+    one_hop, all_kept = SelectionSpec(30, 24, 0, 2, 0.9), SelectionSpec(60, 24, 0, 2, 1.0, hops=2)
+    specs = [one_hop, two_hops, all_kept]
+    mass = torch.tensor([9.0] * 6 + [50, 1, 3, 2, 3, 70] + [9] * 6, device=DEVICE)
+    blocks = heaviest_blocks(mass, specs, **HOP_SIZES, hop_blocks=2)
+    assert blocks.tolist() == [2, 4]
+    hop = second_hop(blocks, specs, **HOP_SIZES, hop_blocks=2)
+    assert hop.of == [1] and [spec.num_queries for spec in hop.specs] == [8]
+    assert hop.positions.tolist() == [8, 9, 10, 11, 16, 17, 18, 19]
+    assert hop.rows.tolist() == [3 + token for token in hop.positions.tolist()]
+    assert heaviest_blocks(mass, specs, **HOP_SIZES, hop_blocks=9).tolist() == [1, 2, 3, 4]
+    assert heaviest_blocks(mass, [one_hop], **HOP_SIZES, hop_blocks=2).tolist() == []
+    assert second_hop(blocks[:0], [one_hop], **HOP_SIZES, hop_blocks=2) is None
+
+
+@pytest.mark.parametrize("share", [{"top_p": 0.8}, {"keep_ratio": 0.5}], ids=str)
+def test_either_hops_blocks_stay(share):
+    """The second one's by the same share of the middle, whatever `top_p_over` says."""
+    specs = [SelectionSpec(0, 24, 0, 2, **share), SelectionSpec(24, 24, 0, 2, **share, hops=2)]
+    mass = torch.tensor([40.0, 9, 1, 0, 0, 50] * 2, device=DEVICE)
+    hop = second_hop(heaviest_blocks(mass, specs, **HOP_SIZES, hop_blocks=1), specs, **HOP_SIZES, hop_blocks=1)
+    hop_mass = torch.tensor([90.0, 0, 0, 1, 9, 0], device=DEVICE)
+    first = select_blocks(mass, specs, **HOP_SIZES, top_p_over="all").view(2, 6)
+    both = select_blocks(mass, specs, **HOP_SIZES, top_p_over="all", hop=hop, hop_mass=hop_mass).view(2, 6)
+    assert torch.equal(both[0], first[0])
+    assert both[1].tolist() == [kept or block == 4 for block, kept in enumerate(first[1].tolist())]
+    assert known_kept_tokens(specs[1], **HOP_SIZES) is None
 
 
 # --- surviving rows ------------------------------------------------------------

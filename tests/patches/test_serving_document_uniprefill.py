@@ -61,7 +61,8 @@ def test_every_field_of_the_report(page) -> None:
     example = re.search(r'```json\n"choices": (.*?)```', page, re.DOTALL)[1]
     shown = json.loads(example)[0]["uniprefill"]
     ended = EndedPrefill(dense_reason=None, alive=[16000, 384], time_to_first_token=1.0, steps=10, lane_wait=0.0)
-    report = prefill_report(ended, SegmentPlan(4, (1,)).segments)
+    config = UniPrefillConfig(selection_layers=[1])
+    report = prefill_report(ended, policy.Decision(16000, None), config, SegmentPlan(4, (1,)).segments)
     assert shown.keys() == report.keys()
     assert shown["segments"] == report["segments"]
     described = [name for cell, _ in rows(page, "report") for name in code(cell)]

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import prometheus_client
 import pytest
 import vllm  # noqa: F401  before torch
+from vllm.config import UniPrefillConfig
 from vllm.v1.uniprefill.ledger import EndedPrefill
 from vllm.v1.uniprefill.plan import SegmentPlan
 from vllm.v1.uniprefill.stats import UniPrefillLogging, UniPrefillProm, UniPrefillStats, computed_share
 
 PLAN = SegmentPlan(num_layers=8, selection_layers=(1, 5))
 CONFIG = SimpleNamespace(
-    uniprefill_config=SimpleNamespace(selection_layers=[1, 5]),
+    uniprefill_config=UniPrefillConfig(selection_layers=[1, 5]),
     model_config=SimpleNamespace(get_total_num_hidden_layers=lambda: 8),
     observability_config=SimpleNamespace(custom_histogram_buckets=None),
 )

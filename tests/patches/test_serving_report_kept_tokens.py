@@ -62,12 +62,19 @@ def enter(processor: InputProcessor, extra: dict[str, Any] | None) -> EngineCore
             "uniprefill_keep_ratio",
             "uniprefill_keep_ratio must be a number greater than 0 and at most 1, not 'half'.",
         ),
+        (
+            {"uniprefill_hops": 2},
+            "uniprefill_hops",
+            "uniprefill_hops 2 needs a server whose --uniprefill-config has hops 2; drop it or start the server with "
+            "that setting.",
+        ),
+        ({"uniprefill_hops": True}, "uniprefill_hops", "uniprefill_hops must be 1 or 2, not True."),
         ({"uniprefill_report": None}, "uniprefill_report", "uniprefill_report must be 0 or 1, not None."),
         (
             {"uniprefill_topp": 0.5},
             "uniprefill_topp",
             "uniprefill_topp is not an argument of UniPrefill; use one of uniprefill, uniprefill_top_p, "
-            "uniprefill_keep_ratio, uniprefill_report.",
+            "uniprefill_keep_ratio, uniprefill_hops, uniprefill_report.",
         ),
         (
             {"uniprefill_top_p": 0.5, "uniprefill_keep_ratio": 0.5},
@@ -103,9 +110,16 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("model", REQUESTS, ids=lambda model: model.__name__)
-@pytest.mark.parametrize("name", ["uniprefill_top_p", "uniprefill_keep_ratio"])
-def test_a_boolean_share_is_refused_before_it_becomes_a_number(model: type, name: str) -> None:
-    sentence = f"{name} must be a number greater than 0 and at most 1, not True."
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("uniprefill_top_p", "a number greater than 0 and at most 1"),
+        ("uniprefill_keep_ratio", "a number greater than 0 and at most 1"),
+        ("uniprefill_hops", "1 or 2"),
+    ],
+)
+def test_a_boolean_is_refused_before_it_becomes_a_number(model: type, name: str, taken: str) -> None:
+    sentence = f"{name} must be {taken}, not True."
     with pytest.raises(VLLMValidationError) as error:
         model(**REQUESTS[model], vllm_xargs={name: True})
     assert error.value.parameter == name and str(error.value).startswith(sentence)
@@ -131,7 +145,12 @@ def test_good_arguments_pass_unchanged(processor) -> None:
 
 # --- the scheduler's report ------------------------------------------------------------
 
-UNIPREFILL = {"selection_layers": [1, 4], "min_prompt_tokens": 64, "pool_tokens": 600}
+UNIPREFILL = {
+    "selection_layers": [1, {"layer": 4, "heads": [1], "num_queries": 8}],
+    "min_prompt_tokens": 64,
+    "pool_tokens": 600,
+    "hops": 2,
+}
 ASKS = {"uniprefill_report": 1}
 
 
@@ -145,6 +164,8 @@ def test_the_report_comes_with_the_first_output_of_who_asked(make_scheduler, mak
     outputs = finish_step(scheduler, scheduler.schedule(), kept)
     assert outputs[silent.request_id].uniprefill is None
     report = outputs[asks.request_id].uniprefill
+    all_heads = {"heads": "all", "num_queries": 128, "hops": 2}
+    some_heads = {"heads": [1], "num_queries": 8, "hops": 2}
     assert report == {
         "outcome": "pruned",
         "reason": None,
@@ -152,8 +173,8 @@ def test_the_report_comes_with_the_first_output_of_who_asked(make_scheduler, mak
         "steps": 1,
         "lane_wait_seconds": 0.0,
         "segments": [
-            {"layers": [0, 1], "tokens_in": 100, "tokens_out": 70},
-            {"layers": [2, 4], "tokens_in": 70, "tokens_out": 50},
+            {"layers": [0, 1], "tokens_in": 100, "tokens_out": 70, "scored_by": all_heads},
+            {"layers": [2, 4], "tokens_in": 70, "tokens_out": 50, "scored_by": some_heads},
             {"layers": [5, 7], "tokens_in": 50, "tokens_out": 50},
         ],
     }
@@ -162,6 +183,7 @@ def test_the_report_comes_with_the_first_output_of_who_asked(make_scheduler, mak
     of_dense = outputs[dense.request_id].uniprefill
     assert (of_dense["outcome"], of_dense["reason"]) == ("dense", "short_prompt")
     assert [(s["tokens_in"], s["tokens_out"]) for s in of_dense["segments"]] == [(20, 20)] * 3
+    assert not any("scored_by" in segment for segment in of_dense["segments"])
     outputs = finish_step(scheduler, scheduler.schedule())
     assert {output.uniprefill for output in outputs.values()} == {None}
 

@@ -21,10 +21,13 @@ def make_empty(num_rows: int, dtype: torch.dtype, device: torch.device) -> Inter
 
 
 def make_pool(device: torch.device = CPU, kv_heads: tuple[int, ...] = (2, 2), **config) -> BoundaryPool:
-    layers = [SimpleNamespace(num_heads=4, num_kv_heads=n, head_size=16) for n in kv_heads]
+    scorers = [
+        SimpleNamespace(num_heads=4 - i, layer=SimpleNamespace(num_heads=4, num_kv_heads=n, head_size=16))
+        for i, n in enumerate(kv_heads)
+    ]
     model = SimpleNamespace(make_empty_intermediate_tensors=make_empty)
     config = {"pool_tokens": 50, "num_queries": 6} | config
-    return BoundaryPool(UniPrefillConfig(**config), model, layers, torch.bfloat16, device)
+    return BoundaryPool(UniPrefillConfig(**config), model, scorers, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("where", ["device", "host"])
@@ -35,6 +38,10 @@ def test_it_holds_states_keys_and_queries_of_its_tokens(where: str) -> None:
     assert list(states.boundary) == ["hidden_states", "residual"]
     assert [tuple(x.shape) for x in tensors] == [(50, 8), (50, 8), (50, 2, 16), (6, 4, 16)]
     assert {(x.dtype, x.device) for x in tensors} == {(torch.bfloat16, CPU)}
+
+
+def test_with_a_second_hop_any_token_may_ask() -> None:
+    assert make_pool(hops=2).queries.shape == (50, 4, 16)
 
 
 def test_without_pool_tokens_it_takes_no_memory_by_the_prompt() -> None:

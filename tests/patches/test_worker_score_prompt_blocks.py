@@ -8,13 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.config import UniPrefillConfig, VllmConfig, set_current_vllm_config
+from vllm.config.uniprefill import SelectionLayer
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.uniprefill.policy import Decision
 from vllm.v1.uniprefill.selection import SelectionSpec, block_mass_reference
 from vllm.v1.worker.gpu.uniprefill import events, scoring, selector
-from vllm.v1.worker.gpu.uniprefill.scoring import attending, dense_queries, get_attention_layers, score
-from vllm.v1.worker.gpu.uniprefill.selector import Selector
+from vllm.v1.worker.gpu.uniprefill.scoring import Scorer, attending, get_attention_layers
+from vllm.v1.worker.gpu.uniprefill.selector import Scores, Selector
 
 HEADS, KV_HEADS, DIM, SCALE, BLOCK = 4, 2, 32, 0.3, 8
 NUM_LAYERS = 8
@@ -47,27 +48,58 @@ QUERIES = torch.randn(24, HEADS, DIM, generator=torch.Generator().manual_seed(0)
 KEYS = torch.randn(55, KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
 
 
-def expected_mass(**kwargs) -> torch.Tensor:
-    return block_mass_reference(QUERIES, KEYS, SPECS, block_size=BLOCK, scale=SCALE, **kwargs)
+def expected_mass(heads: list[int] | None = None, **kwargs) -> torch.Tensor:
+    queries = QUERIES
+    if heads is not None:
+        queries, kwargs["kv_heads"] = QUERIES[:, heads], [head // (HEADS // KV_HEADS) for head in heads]
+    return block_mass_reference(queries, KEYS, SPECS, block_size=BLOCK, scale=SCALE, **kwargs)
+
+
+def make_scorer(layer: Attention, rules: UniPrefillConfig | None = None, **entry) -> Scorer:
+    rules = rules or UniPrefillConfig(block_size=BLOCK)
+    return Scorer(rules, SelectionLayer(layer=0, **entry), layer, torch.device("cpu"))
+
+
+def score(layer: Attention, **entry) -> torch.Tensor:
+    scorer = make_scorer(layer, **entry)
+    queries = scorer.take_heads(QUERIES, QUERIES.dtype)
+    scores = scorer.score(SPECS, queries, lambda rows: queries, KEYS, Selector(scorer.config))
+    assert scores.hop is None
+    return scores.mass
 
 
 def test_scale_soft_cap_and_sinks_are_the_layers(config) -> None:
-    assert torch.equal(score(make_layer(config), QUERIES, KEYS, SPECS, BLOCK), expected_mass())
+    assert torch.equal(score(make_layer(config)), expected_mass())
     sinks = torch.linspace(-1, 3, HEADS)
     layer = make_layer(config, 1, logits_soft_cap=1.5, sinks=sinks)
-    mass = score(layer, QUERIES, KEYS, SPECS, BLOCK)
+    mass = score(layer)
     assert torch.equal(mass, expected_mass(soft_cap=1.5, sinks=sinks))
     for part in ({}, {"soft_cap": 1.5}, {"sinks": sinks}):
         assert not torch.allclose(mass, expected_mass(**part), rtol=1e-3)
+
+
+def test_only_the_listed_heads_score_each_with_its_keys_and_sink(config) -> None:
+    sinks = torch.linspace(-1, 3, HEADS)
+    layer = make_layer(config, sinks=sinks)
+    heads = [0, 2, 3]
+    alone = [
+        block_mass_reference(
+            QUERIES[:, [head]], KEYS[:, [head // 2]], SPECS, block_size=BLOCK, scale=SCALE, sinks=sinks[[head]]
+        )
+        for head in heads
+    ]
+    torch.testing.assert_close(score(layer, heads=heads), sum(alone))
+    assert torch.equal(score(layer, heads=list(range(HEADS))), score(layer))
 
 
 def test_only_quantised_queries_are_multiplied_by_their_scale(config) -> None:
     """And come out in the keys' type."""
     layer = make_layer(config)
     layer._q_scale.fill_(0.25)
-    assert dense_queries(layer, QUERIES, torch.bfloat16) is QUERIES
+    scorer = make_scorer(layer)
+    assert scorer.take_heads(QUERIES, torch.bfloat16) is QUERIES
     quantised = (QUERIES / 0.25).to(torch.float8_e4m3fn)
-    restored = dense_queries(layer, quantised, torch.bfloat16)
+    restored = scorer.take_heads(quantised, torch.bfloat16)
     assert torch.equal(restored, (quantised.float() * 0.25).bfloat16())
     torch.testing.assert_close(restored.float(), QUERIES, rtol=0.1, atol=0.01)
 
@@ -76,7 +108,20 @@ def test_masses_of_tensor_parallel_ranks_are_summed(config, monkeypatch) -> None
     others = torch.rand(7)
     monkeypatch.setattr(scoring, "get_tensor_model_parallel_world_size", lambda: 2)
     monkeypatch.setattr(scoring, "tensor_model_parallel_all_reduce", lambda mass: mass + others)
-    assert torch.equal(score(make_layer(config), QUERIES, KEYS, SPECS, BLOCK), expected_mass() + others)
+    assert torch.equal(score(make_layer(config)), expected_mass() + others)
+
+
+def test_each_rank_scores_with_the_heads_it_has(config, monkeypatch) -> None:
+    """Rank 1 of 2 has heads 4 to 7 of 8; a rank without any adds nothing, but takes part."""
+    layer = make_layer(config)
+    monkeypatch.setattr(scoring, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(scoring, "get_tensor_model_parallel_world_size", lambda: 2)
+    reduced: list[torch.Tensor] = []
+    monkeypatch.setattr(scoring, "tensor_model_parallel_all_reduce", lambda mass: reduced.append(mass) or mass)
+    mass = score(layer, heads=[1, 5, 7])
+    assert torch.equal(mass, expected_mass(heads=[1, 3]))
+    assert torch.equal(score(layer, heads=[1, 2]), torch.zeros(7))
+    assert len(reduced) == 2
 
 
 def test_the_observer_leaves_also_by_an_exception(config) -> None:
@@ -98,12 +143,16 @@ def test_the_observer_leaves_also_by_an_exception(config) -> None:
 RULES = UniPrefillConfig(block_size=4, num_queries=6, sink_tokens=4, recent_tokens=6)
 
 
-def test_a_spec_has_the_requests_rule_and_no_more_queries_than_tokens() -> None:
-    by_ratio = Decision(20, None, None, 0.5, wants_report=False)
-    by_mass = Decision(20, None, 0.9, None, wants_report=False)
-    choose = Selector(RULES)
-    assert choose.spec(by_ratio, 3, 20, 1) == SelectionSpec(3, 20, 1, 6, keep_ratio=0.5)
-    assert choose.spec(by_mass, 0, 5, 0) == SelectionSpec(0, 5, 0, 5, top_p=0.9)
+def test_a_spec_has_the_requests_rule_and_no_more_queries_than_tokens(config) -> None:
+    """Or the layer's, or else the general one."""
+    by_ratio, as_configured = Decision(20, None, keep_ratio=0.5, hops=2), Decision(20, None)
+    layer = make_layer(config)
+    scorer = make_scorer(layer, RULES)
+    assert scorer.spec(by_ratio, 3, 20, 1) == SelectionSpec(3, 20, 1, 6, keep_ratio=0.5, hops=2)
+    assert scorer.spec(as_configured, 0, 5, 0) == SelectionSpec(0, 5, 0, 5, top_p=0.99)
+    scorer = make_scorer(layer, RULES, num_queries=4, keep_ratio=0.2)
+    assert scorer.spec(as_configured, 0, 20, 0) == SelectionSpec(0, 20, 0, 4, keep_ratio=0.2)
+    assert scorer.spec(Decision(20, None, top_p=0.9), 0, 20, 0).top_p == 0.9
 
 
 @pytest.mark.parametrize(
@@ -114,7 +163,7 @@ def test_a_spec_has_the_requests_rule_and_no_more_queries_than_tokens() -> None:
 def test_forced_blocks_and_the_heaviest_stay(budget: dict, kept: list[int]) -> None:
     """Of blocks 0 to 5 the first and the last two are forced; other rows than the prompt's stay."""
     spec = SelectionSpec(2, 24, 1, 6, **budget)
-    rows, counts = Selector(RULES).choose(torch.tensor([0, 1.0, 9, 2, 0, 0]), [spec], 30)
+    rows, counts = Selector(RULES).choose(Scores(torch.tensor([0, 1.0, 9, 2, 0, 0])), [spec], 30)
     assert rows.tolist() == [0, 1, *(2 + token for token in kept), 26, 27, 28, 29] and counts == [len(kept)]
 
 
@@ -130,9 +179,18 @@ def test_every_rank_takes_the_first_ones_choice(monkeypatch) -> None:
     group = SimpleNamespace(world_size=2, broadcast=broadcast)
     monkeypatch.setattr(selector, "get_tp_group", lambda: group)
     spec = SelectionSpec(0, 24, 0, 6, keep_ratio=0.6)
-    rows, counts = Selector(RULES).choose(torch.tensor([0, 1.0, 9, 2, 0, 0]), [spec], 24)
+    rows, counts = Selector(RULES).choose(Scores(torch.tensor([0, 1.0, 9, 2, 0, 0])), [spec], 24)
     assert asked == [0] and counts == [16]
     assert rows.tolist() == [*range(4), *range(12, 24)]
+
+
+def test_every_rank_asks_again_from_the_first_ones_blocks(monkeypatch) -> None:
+    group = SimpleNamespace(world_size=2, broadcast=lambda blocks, src: torch.full_like(blocks, 3))
+    monkeypatch.setattr(selector, "get_tp_group", lambda: group)
+    rules = UniPrefillConfig(block_size=4, num_queries=6, sink_tokens=4, recent_tokens=6, hops=2, hop_blocks=1)
+    spec = SelectionSpec(5, 24, 0, 6, keep_ratio=0.6, hops=2)
+    hop = Selector(rules).second_hop(torch.tensor([0, 1.0, 9, 2, 0, 0]), [spec])
+    assert hop.positions.tolist() == [12, 13, 14, 15] and hop.rows.tolist() == [17, 18, 19, 20]
 
 
 # --- looking in ------------------------------------------------------------------------
