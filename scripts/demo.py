@@ -28,6 +28,9 @@ REMEDIES = {
 }
 
 
+ROOM_FOR_ANSWER = 32  # tokens
+
+
 @dataclass(frozen=True)
 class Question:
     prompt: str
@@ -64,6 +67,23 @@ def prose_question(words: int, seed: int) -> Question:
     lines.insert(len(lines) // 3, f"The special number of the harbour master is {answer}.")
     question = "What is the special number of the harbour master? The special number is"
     return Question("\n".join(lines) + f"\n\nQuestion: {question}", question, answer)
+
+
+def fitting_question(client: openai.OpenAI, model: str, tokens: int, seed: int) -> Question:
+    """A prose question of at most so many tokens of the model, and no more than its context takes."""
+    [served] = [entry for entry in client.models.list().data if entry.id == model]
+    tokens = min(tokens, served.model_extra["max_model_len"] - ROOM_FOR_ANSWER)
+
+    def count(question: Question) -> int:
+        body = {"model": model, "prompt": question.prompt}
+        return client.post("../tokenize", body=body, cast_to=dict[str, Any])["count"]
+
+    words = tokens // 2
+    question = prose_question(words, seed)
+    while (found := count(question)) > tokens or found < 0.97 * tokens:
+        words = int(words * 0.985 * tokens / found)
+        question = prose_question(words, seed)
+    return question
 
 
 def make_client(address: serve.Address, api_key: str | None) -> openai.OpenAI:
@@ -148,8 +168,10 @@ def summary(question: Question, dense: list[Reply], pruned: list[Reply]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a path or a hub name; default: the needle model")
-    parser.add_argument("--tokens", type=int, default=16_000, help="length of the prompt (default 16000)")
+    parser.add_argument("--model", help="a path, a hub name or a NAME of make model; default: the needle model")
+    parser.add_argument(
+        "--tokens", type=int, default=16_000, help="length of the prompt (default 16000, or what the model takes)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="dense and pruned runs of each (default 3)")
     parser.add_argument("--seed", type=int, default=7, help="which prompt (default 7)")
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="passed on to vllm serve")
@@ -166,7 +188,6 @@ def main() -> int:
     address = serve.Address.of(given)
     address.require_free()
     arguments = serve.serve_arguments(model, extra, serve.is_cpu_build(), needle)
-    make = needle_question if needle else lambda tokens, seed: prose_question(int(tokens * 0.55), seed)
     name = serve.given_options(arguments).get("served-model-name", model)
     max_tokens = 4 if needle else 24
 
@@ -182,6 +203,10 @@ def main() -> int:
             raise ForkError(f"{error}\n" + "\n".join(tail)) from None
         say("ready; one request to warm up")
         client = make_client(address, given.get("api-key"))
+
+        def make(tokens: int, seed: int) -> Question:
+            return needle_question(tokens, seed) if needle else fitting_question(client, name, tokens, seed)
+
         ask(client, name, make(2048, args.seed + 1), True, 1)
         question = make(args.tokens, args.seed)
         for number in range(1, args.rounds + 1):

@@ -42,8 +42,8 @@ def link_or_copy(source: Path, target: Path) -> None:
     partial.replace(target)
 
 
-def fetch(filename: str, sha256: str, layout: Layout, cache: Path | None = None) -> Path:
-    """The verified file in build/archives."""
+def fetch(filename: str, sha256: str, layout: Layout, cache: Path | None = None, *, project: str = "vllm") -> Path:
+    """A project's verified file in build/archives."""
     target = layout.archives / filename
     stamp = layout.state / f"{filename}.verified"
     cached = (cache or cache_dir()) / "archives" / sha256 / filename
@@ -56,7 +56,7 @@ def fetch(filename: str, sha256: str, layout: Layout, cache: Path | None = None)
         link_or_copy(cached, target)
     else:
         say(f"{filename}: downloading")
-        package_index.download("vllm", filename, target)
+        package_index.download(project, filename, target)
     verify(target, sha256)
     if not cached.is_file():
         link_or_copy(target, cached)

@@ -25,13 +25,14 @@ from pathlib import Path
 import psutil
 import yaml
 
+from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
 
 NEEDLE_MODEL = ROOT / "evals" / "needle" / "model"
 UNIPREFILL = {"top_p": 0.99}
 NEEDLE_OPTIONS = {"--served-model-name": "needle", "--max-model-len": "32768", "--max-num-seqs": "16"}
-# a tiny model wants neither compilation nor much memory
-NEEDLE_CPU_OPTIONS = {"--kv-cache-memory-bytes": "1G"}
+# small models want little memory; by default vLLM takes nearly all of a CPU's
+SMALL_CPU_OPTIONS = {"--kv-cache-memory-bytes": "1G"}
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, str]:
@@ -59,8 +60,8 @@ def serve_arguments(model: str, extra: Sequence[str], cpu: bool, needle: bool) -
     if needle:
         wanted |= NEEDLE_OPTIONS
         wanted["--enforce-eager"] = None
-        if cpu:
-            wanted |= NEEDLE_CPU_OPTIONS
+    if cpu and (needle or models.is_made(model)):
+        wanted |= SMALL_CPU_OPTIONS
     given = given_options(extra)
     arguments = ["serve", model]
     for option, value in wanted.items():
@@ -72,6 +73,7 @@ def serve_arguments(model: str, extra: Sequence[str], cpu: bool, needle: bool) -
 def choose_model(model: str | None) -> tuple[str, bool]:
     """(what to serve, whether it is the needle model)."""
     if model:
+        model = models.resolve(model)
         return model, Path(model).resolve() == NEEDLE_MODEL
     if not (NEEDLE_MODEL / "config.json").is_file():
         raise ForkError("evals/needle/model is missing; name another model with MODEL=path-or-name.")

@@ -24,6 +24,7 @@ from evals.bench.report import Part, Result, require_matplotlib, write
 from evals.bench.shapes import NEEDLE_MODEL, SHAPES, ModelShape, Prompts, Shape, model_folder, model_name, read_config
 from evals.needle.prompts import MAX_TOKENS
 from evals.provenance import add_results_option, command_line, count_argument, provenance
+from scripts import models
 from scripts.fork import ForkError, run_main, say
 
 MIN_LENGTH = 1024  # shorter prompts are prefilled densely
@@ -100,9 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--model",
-        type=Path,
+        type=lambda name: Path(models.resolve(name)),
         metavar="FOLDER",
-        help="this model at the shape's lengths, with dummy weights if it is a config.json alone; without --shape it "
+        help="this model (a folder, or a NAME of `make model`) at the shape's lengths, with dummy weights if it is a config.json alone; without --shape it "
         "is cut where the engine chooses",
     )
     add(

@@ -28,6 +28,7 @@ from typing import Any
 
 from evals.bench.shapes import ModelShape, model_name, read_config
 from evals.provenance import add_results_option, command_line, count_argument, package_problem, provenance
+from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
 from scripts.serve import NEEDLE_MODEL, serve_arguments, server, vllm_program, wait_until_ready
 
@@ -75,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m evals.lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", default=str(NEEDLE_MODEL), help="a folder or a hub name (default: the needle model)")
+    add("--model", type=models.resolve, default=str(NEEDLE_MODEL), help="a folder, a hub name or a NAME of `make model`")
     add("--lengths", type=lengths_argument, default=LENGTHS, metavar="N,N", help="tokens, prompt and answer")
     add("--limit", type=count_argument, default=50, help="samples of each task and length (default: %(default)s)")
     add("--tasks", help="tasks or groups (default: `needle` for the needle model, `local_ruler` for others)")
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "about": about,
         "settings": {
             "name": name,
-            "model": str(NEEDLE_MODEL.relative_to(ROOT)) if is_needle(args.model) else args.model,
+            "model": os.path.relpath(args.model, ROOT) if Path(args.model).is_dir() else args.model,
             "command": command_line("eval", argv),
             "asked": asked,
             "tasks": tasks.names,
