@@ -72,10 +72,15 @@ class Sample:
         return blocks & self.middle
 
 
-def rank_share(mass: np.ndarray, needed: np.ndarray, middle: np.ndarray) -> float:
-    """Share of the other middle blocks that outweigh the lightest needed one: 0 is best, .5 is chance. All [blocks]."""
-    others = mass[middle & ~needed]
-    return float((others > mass[needed].min()).mean()) if len(others) else 0.0
+def rank_shares(mass: np.ndarray, needed: np.ndarray, middle: np.ndarray) -> np.ndarray:
+    """Share of the other middle blocks that outweigh the lightest needed one: 0 is best, .5 is chance.
+
+    mass [..., blocks], needed and middle [blocks] bool; returns [...].
+    """
+    others = mass[..., middle & ~needed]
+    if not others.shape[-1]:
+        return np.zeros(mass.shape[:-1])
+    return (others > mass[..., needed].min(-1, keepdims=True)).mean(-1)
 
 
 def record(model: WatchedModel, prompts: Iterable[Prompt], folder: Path, fingerprint: Any) -> Iterator[Sample]:
