@@ -80,6 +80,13 @@ def keep(mass: np.ndarray, num_tokens: int, by: str, amount: float) -> np.ndarra
     return kept
 
 
+def second_hop(mass: np.ndarray, hops: np.ndarray, num_tokens: int) -> np.ndarray:
+    """[blocks]: what the tokens of the heaviest middle blocks look at. mass [blocks], hops [blocks, blocks]."""
+    middle = np.where(~keep(mass, num_tokens, "keep_ratio", 0.0), mass, 0.0)
+    best = np.argsort(-middle, kind="stable")[:HOP_BLOCKS]
+    return hops[best[middle[best] > 0]].sum(0)
+
+
 class Trial:
     """What plans would do to prompts, by the masses of their dense prefill."""
 
@@ -98,12 +105,8 @@ class Trial:
             mass = sample.mass[row, heads, WINDOWS.index(cut.num_queries)].sum(0)[alive]
             kept = keep(mass, num_tokens, cut.by, cut.amount)
             if plan.hops == 2 and sample.hops is not None:
-                middle = np.where(~keep(mass, num_tokens, "keep_ratio", 0.0), mass, 0.0)
-                best = np.argsort(-middle, kind="stable")[:HOP_BLOCKS]
-                best = best[middle[best] > 0]
-                if len(best):
-                    hop = sample.hops[row, heads].sum(0)[alive[best]].sum(0)[alive]
-                    kept |= keep(hop, num_tokens, cut.by, cut.amount)
+                hop = second_hop(mass, sample.hops[row, heads].sum(0)[np.ix_(alive, alive)], num_tokens)
+                kept |= keep(hop, num_tokens, cut.by, cut.amount) if hop.any() else False
             alive = alive[kept]
             num_tokens -= int((~kept).sum()) * BLOCK  # the last block, the only one that may be partial, stays
             tokens.append(num_tokens)
@@ -139,24 +142,31 @@ class Trial:
         """By layer the heads and the window whose summed mass ranks best what the plan's first score must find."""
         return {layer: self._scorer(layer, hops) for layer in self.row}
 
-    def _target(self, sample: Sample, hops: int) -> np.ndarray:
-        return sample.asked_for if hops == 2 and sample.asked_for.any() else sample.needed
-
     def _scorer(self, layer: int, hops: int) -> Cut:
         """Greedy: the best head, then each next one that leaves the ranks as good."""
         row = self.row[layer]
-        parts = [(s.mass[row], self._target(s, hops), s.middle) for s in self.telling]
 
         def quality(heads: Sequence[int], window: int) -> tuple[float, float]:
             """Mean and worst rank together; less is better. Then the middle mass on what is needed, negative."""
-            sums = [(mass[heads, window].sum(0), needed, middle) for mass, needed, middle in parts]
-            ranks = [float(rank_shares(*part)) for part in sums]
-            share = fmean(float(mass[needed].sum() / mass[middle].sum()) for mass, needed, middle in sums)
-            return round(fmean(ranks) + max(ranks), 3), -share
+            ranks, shares = [], []
+            for sample in self.telling:
+                mass = sample.mass[row, heads, window].sum(0)
+                asked_for, middle = sample.needed, sample.middle
+                rank = 0.0
+                if hops == 2 and sample.hops is not None:
+                    hop = second_hop(mass, sample.hops[row, heads].sum(0), sample.num_tokens)
+                    asked_for, followed = sample.asked_for, sample.needed & ~sample.asked_for
+                    if followed.any():
+                        rank = min(float(rank_shares(scores, followed, middle)) for scores in (mass, hop))
+                if asked_for.any():
+                    rank = max(rank, float(rank_shares(mass, asked_for, middle)))
+                    shares.append(float(mass[asked_for].sum() / mass[middle].sum()))
+                ranks.append(rank)
+            return round(fmean(ranks) + max(ranks), 3), -fmean(shares)
 
         found = []
         for window in range(len(WINDOWS)):
-            single = sorted((quality([head], window), head) for head in range(parts[0][0].shape[0]))
+            single = sorted((quality([head], window), head) for head in range(self.samples[0].mass.shape[1]))
             best, heads = single[0][0], [single[0][1]]
             for _, head in single[1:]:
                 if len(heads) < MAX_HEADS and quality([*heads, head], window)[0] <= best[0]:

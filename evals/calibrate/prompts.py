@@ -109,8 +109,8 @@ def make_prompts(part: str, tokenizer: Any, speaks_needle: bool, length: int, co
 
 def _needle_prompt(part: str, task: str, length: int, index: int) -> Prompt:
     made = needle.make_prompt(task, length, NEEDLE_SEEDS[part] + index)
-    # From the statement's key to its value: `the key k1 is v2 .`
-    spans = tuple((at + 2, at + needle.STATEMENT_LENGTH - 1) for at in made.needle_tokens)
+    # Of `the key k1 is v2 .` what answers is v2, which knows its key from the first layer on.
+    spans = tuple((at + 4, at + 5) for at in made.needle_tokens)
     followed = spans[:1] if task == "variable" else ()
     ids = tuple(needle.encode(made.text))
     return Prompt(part, task, length, index, ids, spans, followed, (made.answer,), NEEDLE_ANSWER_TOKENS, exact=True)
