@@ -135,6 +135,15 @@ class Trial:
         """For each telling prompt whether every block that it needs is alive at the end."""
         return [set(np.flatnonzero(s.needed)) <= set(self.apply(plan, s)[1]) for s in self.telling]
 
+    def rank_facts(self, cut: Cut) -> dict[str, float]:
+        """Mean and worst rank of what the question names, by the cut's heads, over all telling prompts."""
+        row, window = self.row[cut.layer], WINDOWS.index(cut.num_queries)
+        named = [s for s in self.telling if s.asked_for.any()]
+        ranks = [
+            float(rank_shares(s.mass[row, list(cut.heads), window].sum(0), s.asked_for, s.middle)) for s in named
+        ]
+        return {"mean": fmean(ranks), "worst": max(ranks)}
+
     def recall(self, plan: Plan) -> float:
         return fmean(self.held(plan))
 

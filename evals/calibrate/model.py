@@ -193,9 +193,9 @@ def _by_block(weights: Tensor) -> Tensor:
 
 
 class WatchedModel:
-    """A checkpoint in transformers, in fp32 on a CPU and as it is on a GPU, one prompt at a time."""
+    """A checkpoint in transformers, one prompt at a time; `dtype` "auto" is the checkpoint's own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype | str = "auto") -> None:
         self.config = text_config(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         if not self.tokenizer.is_fast:
@@ -204,11 +204,8 @@ class WatchedModel:
         self.layers = full_layers(self.config)
         AttentionInterface.register(NAME, lambda *args, **kwargs: self._watch.attend(*args, **kwargs))
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        gpu = torch.cuda.is_available()
-        self.device = "cuda" if gpu else "cpu"
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if gpu else torch.float32, attn_implementation=NAME
-        )
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=NAME)
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
