@@ -1,0 +1,158 @@
+"""Find what a model may drop: which heads score, where tokens are dropped, and how many.
+
+Writes NAME.json in --results, a profile for `--uniprefill-config '{"profile": "NAME.json"}'`, with its evidence as NAME.md
+and NAME.png. A run that was ended goes on where it stopped: what was recorded lies in build/calibrate/.
+Exit status 0: written; 1: a problem to mend; 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from evals.bench.shapes import ModelShape, model_name
+from evals.lm.__main__ import lengths_argument, prepare_environment
+from evals.provenance import add_results_option, command_line, count_argument, provenance
+from scripts.fork import ROOT, ForkError, run_main, say
+from scripts.serve import NEEDLE_MODEL
+
+FOLDER = ROOT / "build" / "calibrate"
+LENGTHS = (1024, 2048)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=Path, default=NEEDLE_MODEL, help="a model's folder (default: the needle model)")
+    add("--lengths", type=lengths_argument, default=LENGTHS, metavar="N,N", help="tokens of the prompts (default: 1K,2K)")
+    add("--prompts", type=count_argument, default=24, help="of each part and length (default: %(default)s)")
+    add("--loss", type=float, default=1.0, help="points that may be lost (default: %(default)s)")
+    add(
+        "--backend",
+        choices=("vllm", "transformers"),
+        default="vllm",
+        help="what answers dense and pruned at the end; transformers for models that the engine does not prune",
+    )
+    add("--timed", type=int, default=3, help="prompts of each length that vLLM is timed with (default: %(default)s)")
+    add("--records", type=Path, default=FOLDER, metavar="FOLDER", help="what is recorded (default: build/calibrate)")
+    add_results_option(parser)
+    return parser
+
+
+def recall_facts(trial: Any, plan: Any) -> dict[str, Any]:
+    from scipy.stats import binomtest
+
+    held = trial.held(plan)
+    interval = binomtest(sum(held), len(held)).proportion_ci(method="wilson")
+    return {
+        "prompts": len(trial.samples),
+        "answered_dense": sum(sample.right for sample in trial.samples),
+        "telling": len(held),
+        "recall": fmean(held),
+        "interval": [interval.low, interval.high],
+        "computed": trial.computed(plan),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    prepare_environment()
+    about = provenance()
+
+    from evals.calibrate import answers, report
+    from evals.calibrate.choose import Trial, choose
+    from evals.calibrate.model import WatchedModel, identity
+    from evals.calibrate.prompts import PARTS, make_prompts
+    from evals.calibrate.ranks import progress, record
+    from evals.lm.records import model_fingerprint, open_records
+
+    if not (args.model / "config.json").is_file():
+        raise ForkError(f"--model {args.model} holds no config.json; name the folder of a model.")
+    name = model_name(args.model)
+    model = WatchedModel(args.model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and max(args.lengths) > positions:
+        raise ForkError(f"{args.model} has {positions} positions; shorten LENGTHS.")
+    shape = ModelShape.from_config(model.config.to_dict())
+    fingerprint = model_fingerprint(str(args.model))
+    records = args.records / name
+    trials = {}
+    for part in PARTS:
+        prompts = [
+            prompt
+            for length in args.lengths
+            for prompt in make_prompts(part, model.tokenizer, model.speaks_needle, length, args.prompts)
+        ]
+        samples = list(progress(f"{name}, {part}", record(model, prompts, records, fingerprint), len(prompts)))
+        trials[part] = Trial(samples, model.layers, shape)
+    choice = choose(trials["choose"], trials["check"], args.loss / 100)
+    check = trials["check"]
+    profile: dict[str, Any] = {
+        "model": {"name": name, **identity(model.config)},
+        "settings": choice.plan.settings(),
+        "evidence": {
+            **{part: recall_facts(trial, choice.plan) for part, trial in trials.items()},
+            "ranks": [check.rank_facts(cut) for cut in choice.plan.cuts],
+            "rejected": choice.rejected,
+            "end_to_end": None,
+        },
+        "made": {
+            "command": command_line("calibrate", argv),
+            "package": about["package"],
+            "torch": about["torch"],
+            "transformers": version("transformers"),
+            "machine": about["machine"],
+            "lengths": list(args.lengths),
+            "prompts": args.prompts,
+            "loss": args.loss,
+            "prompt_names": [sample.prompt.name for sample in check.samples],
+        },
+    }
+    output = args.results / name
+    args.results.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        Path(f"{output}.json").write_text(json.dumps(profile, indent=1) + "\n")
+        Path(f"{output}.md").write_text(report.markdown(profile))
+
+    report.plot(profile, model.layers, check.samples, Path(f"{output}.png"))
+    write()
+    say(f"settings: {json.dumps(profile['settings'])}")
+    same = {"package": about["package"], "series": about["series_sha256"], "model": fingerprint, "by": args.backend}
+    with open_records(args.records, same, fresh=False) as kept_answers:
+        backend = None
+        if args.backend == "transformers":
+            ask = answers.with_transformers(model, profile["settings"])
+        else:
+            del model
+            gc.collect()
+            ask, backend = answers.start_engine(
+                args.model, Path(f"{output}.json"), check.samples, about["machine"]["device"] == "cpu"
+            )
+        setting = json.dumps(profile["settings"])
+        rows = answers.compare(check.samples, ask, backend, args.timed, kept_answers, setting)
+    pooled = answers.together(rows)
+    profile["evidence"]["end_to_end"] = {
+        "by": f"vLLM {about['package']}" if backend else f"transformers {version('transformers')}",
+        "within_limit": pooled["difference"] >= -args.loss / 100,
+        "all": {key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")},
+        "rows": rows,
+    }
+    write()
+    say(f"written: {output}.json, .md, .png")
+    print(report.result_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,104 @@
+"""Dense answers against pruned ones: with the engine, or with transformers for a model that the engine does not prune."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from evals.calibrate.model import Watch, WatchedModel
+from evals.calibrate.ranks import Sample, progress
+from evals.lm.arithmetic import make_row, pooled
+from evals.lm.records import Records
+
+DENSE, PRUNED = {"uniprefill": 0}, {"uniprefill": 1}
+Ask = Callable[[Sample, dict[str, Any]], dict[str, Any]]
+"""(sample, request arguments) -> {"score": of the answer, "report": of the prefill}."""
+
+
+def with_transformers(model: WatchedModel, settings: dict[str, Any]) -> Ask:
+    """Its dense answers are those of the samples."""
+    cuts = {cut["layer"]: cut for cut in settings["selection_layers"]}
+
+    def ask(sample: Sample, xargs: dict[str, Any]) -> dict[str, Any]:
+        if xargs == DENSE:
+            return {"score": sample.score, "report": {}}
+        watch = Watch(cuts=cuts, hops_asked=settings["hops"])
+        text = model.answer(sample.prompt.ids, sample.prompt.max_new_tokens, watch)
+        segments = [{"tokens_in": tokens} for tokens in (sample.num_tokens, *watch.kept)]
+        report = {"outcome": "pruned", "prompt_tokens": sample.num_tokens, "segments": segments}
+        return {"score": sample.prompt.score(text), "report": report}
+
+    return ask
+
+
+def start_engine(path: Path, profile: Path, samples: Sequence[Sample], cpu: bool) -> tuple[Ask, Any]:
+    """(its way to ask, the backend): vLLM in this process with the profile; prompts of the profile's lengths are pruned."""
+    from evals.lm.__main__ import engine_arguments
+    from evals.lm.backends import REPORT, make_engine_backend
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    longest = max(sample.num_tokens + sample.prompt.max_new_tokens for sample in samples)
+    config = {"profile": str(profile), "min_prompt_tokens": min(1024, *(sample.num_tokens for sample in samples))}
+    given = argparse.Namespace(model=str(path), lengths=[longest], uniprefill_config=config, engine_args={})
+    backend = make_engine_backend(str(path), engine_arguments(given, cpu, 1), True, 1)
+    import vllm
+
+    def ask(sample: Sample, xargs: dict[str, Any]) -> dict[str, Any]:
+        params = vllm.SamplingParams(
+            max_tokens=sample.prompt.max_new_tokens, temperature=0, extra_args={**xargs, **REPORT}
+        )
+        prompt = vllm.TokensPrompt(prompt_token_ids=list(sample.prompt.ids), cache_salt=backend.salt())
+        [output] = backend.lm.model.generate([prompt], params, use_tqdm=False)
+        return {"score": sample.prompt.score(output.outputs[0].text), "report": output.uniprefill}
+
+    return ask, backend
+
+
+def compare(samples: Sequence[Sample], ask: Ask, backend: Any, timed: int, records: Records, setting: str) -> list[Any]:
+    """A row of evals.lm's table for each task and length; the first `timed` prompts of each length are timed too."""
+    found = []
+    seen: dict[int, int] = {}
+    for sample in progress("dense and pruned", samples, len(samples)):
+        place = {"prompt": sample.prompt.ids, "setting": setting}
+        answers = []
+        for xargs in (DENSE, PRUNED):
+            key = {**place, "xargs": xargs}
+            if (answer := records.get(key)) is None:
+                answer = ask(sample, xargs)
+                records.add(key, answer)
+            answers.append(answer)
+        length = sample.prompt.length
+        seen[length] = seen.get(length, 0) + 1
+        times = None
+        if backend is not None and seen[length] <= timed:
+            key = {**place, "timed": True}
+            if (times := records.get(key)) is None:
+                if len(found) == 0:
+                    backend.first_token(sample.prompt.ids, PRUNED)  # warm
+                order = (DENSE, PRUNED) if len(found) % 2 else (PRUNED, DENSE)
+                by_way = {xargs["uniprefill"]: backend.first_token(sample.prompt.ids, xargs)[0] for xargs in order}
+                times = [by_way[0], by_way[1]]
+                records.add(key, times)
+        found.append((sample.prompt.task, length, *answers, times))
+    rows = []
+    for (length, task), group in groupby(sorted(found, key=lambda f: (f[1], f[0])), key=lambda f: (f[1], f[0])):
+        members = list(group)
+        rows.append(
+            make_row(
+                {"task": task, "length": length, "setting": "profile"},
+                [dense["score"] for _, _, dense, _, _ in members],
+                [pruned["score"] for _, _, _, pruned, _ in members],
+                [pruned["report"] for _, _, _, pruned, _ in members],
+                [tuple(times) for *_, times in members if times],
+            )
+        )
+    return rows
+
+
+def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All rows as one, whatever their length."""
+    return pooled(rows) | {"length": max(row["length"] for row in rows)}

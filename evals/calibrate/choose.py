@@ -1,0 +1,252 @@
+"""Which heads score where, and how much is dropped: the most saved of what loses no needed place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from evals.bench.shapes import ModelShape
+from evals.calibrate.model import BLOCK, HOP_BLOCKS, WINDOWS
+from evals.calibrate.ranks import RULE, Sample, rank_shares
+from scripts.fork import ForkError
+
+# Strictest first. One step of them is the margin: the next stricter amount must lose nothing either.
+AMOUNTS = {
+    "keep_ratio": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    "top_p": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+}
+MAX_HEADS = 4
+MAX_CUTS = 4
+WORTH_A_CUT = 0.02  # of the computed share
+FEWEST = 8  # prompts that can tell of a loss
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One selection layer: `heads` of layer `layer` ask with the last `num_queries` tokens."""
+
+    layer: int
+    heads: tuple[int, ...]
+    num_queries: int
+    by: str = "top_p"
+    amount: float = 1.0
+
+    def entry(self) -> dict[str, Any]:
+        """Of a profile's `selection_layers`."""
+        return {
+            "layer": self.layer,
+            "heads": list(self.heads),
+            "num_queries": self.num_queries,
+            self.by: self.amount,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    cuts: tuple[Cut, ...]
+    hops: int
+
+    def settings(self) -> dict[str, Any]:
+        """What `--uniprefill-config` takes."""
+        found = {"selection_layers": [c.entry() for c in self.cuts], "top_p_over": "middle", "hops": self.hops}
+        return found | ({"hop_blocks": HOP_BLOCKS} if self.hops == 2 else {})
+
+    def with_cut(self, cut: Cut) -> Plan:
+        return replace(self, cuts=(*self.cuts, cut))
+
+
+def keep(mass: np.ndarray, num_tokens: int, by: str, amount: float) -> np.ndarray:
+    """[blocks] bool: the blocks of `num_tokens` alive tokens that stay; `top_p` ranks the middle ones. mass [blocks]."""
+    start = min(-(-RULE.sink_tokens // BLOCK), len(mass))
+    end = max(start, (num_tokens - RULE.recent_tokens) // BLOCK)
+    kept = np.ones(len(mass), dtype=bool)
+    kept[start:end] = False
+    middle = mass[start:end].astype(np.float64)
+    order = np.argsort(-middle, kind="stable")
+    if by == "keep_ratio":
+        budget = max(0, math.ceil(amount * len(mass)) - (len(mass) - len(middle)))
+    elif amount >= 1 or not middle.sum():
+        budget = len(middle)
+    else:
+        sums = np.cumsum(middle[order] / middle.sum())
+        budget = int((np.concatenate([[0.0], sums[:-1]]) < amount).sum())
+    kept[start + order[:budget]] = True
+    return kept
+
+
+def second_hop(mass: np.ndarray, hops: np.ndarray, num_tokens: int) -> np.ndarray:
+    """[blocks]: what the tokens of the heaviest middle blocks look at. mass [blocks], hops [blocks, blocks]."""
+    middle = np.where(~keep(mass, num_tokens, "keep_ratio", 0.0), mass, 0.0)
+    best = np.argsort(-middle, kind="stable")[:HOP_BLOCKS]
+    return hops[best[middle[best] > 0]].sum(0)
+
+
+class Trial:
+    """What plans would do to prompts, by the masses of their dense prefill."""
+
+    def __init__(self, samples: Sequence[Sample], layers: Sequence[int], shape: ModelShape) -> None:
+        self.samples, self.shape = samples, shape
+        self.row = {layer: i for i, layer in enumerate(layers)}
+        self.telling = [sample for sample in samples if sample.tells]
+
+    def apply(self, plan: Plan, sample: Sample) -> tuple[list[int], np.ndarray]:
+        """(tokens alive after each cut, indices of the blocks alive at the end)."""
+        alive = np.arange(len(sample.middle))
+        tokens: list[int] = []
+        num_tokens = sample.num_tokens
+        for cut in plan.cuts:
+            row, heads = self.row[cut.layer], list(cut.heads)
+            mass = sample.mass[row, heads, WINDOWS.index(cut.num_queries)].sum(0)[alive]
+            kept = keep(mass, num_tokens, cut.by, cut.amount)
+            if plan.hops == 2 and sample.hops is not None:
+                hop = second_hop(mass, sample.hops[row, heads].sum(0)[np.ix_(alive, alive)], num_tokens)
+                kept |= keep(hop, num_tokens, cut.by, cut.amount) if hop.any() else False
+            alive = alive[kept]
+            num_tokens -= int((~kept).sum()) * BLOCK  # the last block, the only one that may be partial, stays
+            tokens.append(num_tokens)
+        return tokens, alive
+
+    def computed(self, plan: Plan) -> float:
+        """Mean share of the dense prefill's FLOPs.
+
+        Of prompts without a recorded second hop it is that of the first, and what the second adds to the others.
+        """
+        one = replace(plan, hops=1)
+        shares = [self._share(plan, sample) for sample in self.samples]
+        followed = [i for i, sample in enumerate(self.samples) if sample.hops is not None]
+        if plan.hops == 1 or not followed:
+            return fmean(shares)
+        extra = fmean(shares[i] - self._share(one, self.samples[i]) for i in followed)
+        return fmean(share + (0 if sample.hops is not None else extra) for share, sample in zip(shares, self.samples, strict=True))
+
+    def _share(self, plan: Plan, sample: Sample) -> float:
+        tokens, _ = self.apply(plan, sample)
+        ends = [cut.layer + 1 for cut in plan.cuts] + [self.shape.layers]
+        layers = [b - a for a, b in pairwise([0, *ends])]
+        return 1 / self.shape.flop_gain(list(zip(layers, [sample.num_tokens, *tokens], strict=True)))
+
+    def held(self, plan: Plan) -> list[bool]:
+        """For each telling prompt whether every block that it needs is alive at the end."""
+        return [set(np.flatnonzero(s.needed)) <= set(self.apply(plan, s)[1]) for s in self.telling]
+
+    def rank_facts(self, cut: Cut) -> dict[str, float]:
+        """Mean and worst rank of what the question names, by the cut's heads, over all telling prompts."""
+        row, window = self.row[cut.layer], WINDOWS.index(cut.num_queries)
+        named = [s for s in self.telling if s.asked_for.any()]
+        ranks = [
+            float(rank_shares(s.mass[row, list(cut.heads), window].sum(0), s.asked_for, s.middle)) for s in named
+        ]
+        return {"mean": fmean(ranks), "worst": max(ranks)}
+
+    def recall(self, plan: Plan) -> float:
+        return fmean(self.held(plan))
+
+    def scorers(self, hops: int) -> dict[int, Cut]:
+        """By layer the heads and the window whose summed mass ranks best what the plan's first score must find."""
+        return {layer: self._scorer(layer, hops) for layer in self.row}
+
+    def _scorer(self, layer: int, hops: int) -> Cut:
+        """Greedy: the best head, then each next one that leaves the ranks as good."""
+        row = self.row[layer]
+
+        def quality(heads: Sequence[int], window: int) -> tuple[float, float]:
+            """Mean and worst rank together; less is better. Then the middle mass on what is needed, negative."""
+            ranks, shares = [], []
+            for sample in self.telling:
+                mass = sample.mass[row, heads, window].sum(0)
+                asked_for, middle = sample.needed, sample.middle
+                rank = 0.0
+                if hops == 2 and sample.hops is not None:
+                    hop = second_hop(mass, sample.hops[row, heads].sum(0), sample.num_tokens)
+                    asked_for, followed = sample.asked_for, sample.needed & ~sample.asked_for
+                    if followed.any():
+                        rank = min(float(rank_shares(scores, followed, middle)) for scores in (mass, hop))
+                if asked_for.any():
+                    rank = max(rank, float(rank_shares(mass, asked_for, middle)))
+                    shares.append(float(mass[asked_for].sum() / mass[middle].sum()))
+                ranks.append(rank)
+            return round(fmean(ranks) + max(ranks), 3), -fmean(shares)
+
+        found = []
+        for window in range(len(WINDOWS)):
+            single = sorted((quality([head], window), head) for head in range(self.samples[0].mass.shape[1]))
+            best, heads = single[0][0], [single[0][1]]
+            for _, head in single[1:]:
+                if len(heads) < MAX_HEADS and quality([*heads, head], window)[0] <= best[0]:
+                    heads.append(head)
+                    best = quality(heads, window)
+            found.append((best, window, heads))
+        _, window, heads = min(found)
+        return Cut(layer, tuple(sorted(heads)), WINDOWS[window])
+
+    def plans(self, limit: float) -> Iterator[Plan]:
+        """Those that hold, the cheapest first; of each with several cuts also those with fewer.
+
+        Raises:
+            ForkError: if too few prompts can tell of a loss.
+
+        """
+        if len(self.telling) < FEWEST:
+            raise ForkError(
+                f"The model answers {sum(s.right for s in self.samples)} of {len(self.samples)} prompts, and only "
+                f"{len(self.telling)} of them can tell of a loss, where {FEWEST} are needed; raise --prompts, choose other "
+                "LENGTHS or a model that answers."
+            )
+        scorers = {hops: self.scorers(hops) for hops in (1, 2)}
+        can_follow = any(sample.hops is not None for sample in self.telling)
+        firsts = [
+            plan
+            for hops in ((1, 2) if can_follow else (1,))
+            for plan in self._held_with_another_cut(Plan((), hops), scorers[hops], limit)
+        ]
+        for first in sorted(firsts, key=self.computed):
+            grown = [first]
+            while len(grown) < MAX_CUTS:
+                further = list(self._held_with_another_cut(grown[-1], scorers[first.hops], limit))
+                best = min(further, key=self.computed, default=None)
+                if best is None or self.computed(best) > (1 - WORTH_A_CUT) * self.computed(grown[-1]):
+                    break
+                grown.append(best)
+            yield from reversed(grown)
+
+    def _held_with_another_cut(self, plan: Plan, scorers: dict[int, Cut], limit: float) -> Iterator[Plan]:
+        after = plan.cuts[-1].layer if plan.cuts else -1
+        for layer, scorer in scorers.items():
+            if layer <= after:
+                continue
+            for by, amounts in AMOUNTS.items():
+                for stricter, amount in pairwise(amounts):
+                    if self.recall(plan.with_cut(replace(scorer, by=by, amount=stricter))) >= 1 - limit:
+                        yield plan.with_cut(replace(scorer, by=by, amount=amount))
+                        break
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`rejected`: plans that held on the part `choose` and not on `check`."""
+
+    plan: Plan
+    rejected: int
+
+
+def choose(chosen_on: Trial, checked_on: Trial, limit: float) -> Choice:
+    """The plan that computes least among those that lose at most `limit` of either part's telling prompts.
+
+    Raises:
+        ForkError: if there is none.
+
+    """
+    if not checked_on.telling:
+        raise ForkError("The model answers no prompt of the check part, so nothing can be checked; raise --prompts.")
+    for rejected, plan in enumerate(chosen_on.plans(limit)):
+        if checked_on.recall(plan) >= 1 - limit:
+            return Choice(plan, rejected)
+    raise ForkError(
+        f"No setting keeps what the answers need in {1 - limit:.1%} of both parts' prompts; allow more loss with --loss."
+    )
