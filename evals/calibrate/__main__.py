@@ -33,7 +33,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", type=Path, default=NEEDLE_MODEL, help="a model's folder (default: the needle model)")
-    add("--lengths", type=lengths_argument, default=LENGTHS, metavar="N,N", help="tokens of the prompts (default: 1K,2K)")
+    add(
+        "--lengths",
+        type=lengths_argument,
+        default=LENGTHS,
+        metavar="N,N",
+        help="tokens of the prompts (default: 1K,2K)",
+    )
     add("--prompts", type=count_argument, default=24, help="of each part and length (default: %(default)s)")
     add("--loss", type=float, default=1.0, help="points that may be lost (default: %(default)s)")
     add(
@@ -145,7 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile["evidence"]["end_to_end"] = {
         "by": f"vLLM {about['package']}" if backend else f"transformers {version('transformers')}",
         "within_limit": pooled["difference"] >= -args.loss / 100,
-        "all": {key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")},
+        "all": {
+            key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")
+        },
         "rows": rows,
     }
     write()

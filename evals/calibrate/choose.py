@@ -123,7 +123,10 @@ class Trial:
         if plan.hops == 1 or not followed:
             return fmean(shares)
         extra = fmean(shares[i] - self._share(one, self.samples[i]) for i in followed)
-        return fmean(share + (0 if sample.hops is not None else extra) for share, sample in zip(shares, self.samples, strict=True))
+        return fmean(
+            share + (0 if sample.hops is not None else extra)
+            for share, sample in zip(shares, self.samples, strict=True)
+        )
 
     def _share(self, plan: Plan, sample: Sample) -> float:
         tokens, _ = self.apply(plan, sample)
@@ -139,9 +142,7 @@ class Trial:
         """Mean and worst rank of what the question names, by the cut's heads, over all telling prompts."""
         row, window = self.row[cut.layer], WINDOWS.index(cut.num_queries)
         named = [s for s in self.telling if s.asked_for.any()]
-        ranks = [
-            float(rank_shares(s.mass[row, list(cut.heads), window].sum(0), s.asked_for, s.middle)) for s in named
-        ]
+        ranks = [float(rank_shares(s.mass[row, list(cut.heads), window].sum(0), s.asked_for, s.middle)) for s in named]
         return {"mean": fmean(ranks), "worst": max(ranks)}
 
     def recall(self, plan: Plan) -> float:
