@@ -1,7 +1,7 @@
 """Find what a model may drop: which heads score, where tokens are dropped, and how many.
 
-Writes NAME.json in --results, a profile for `--uniprefill-config '{"profile": "NAME.json"}'`, with its evidence as NAME.md
-and NAME.png. A run that was ended goes on where it stopped: what was recorded lies in build/calibrate/.
+Writes NAME.json in --results, a profile for `--uniprefill-config '{"profile": "NAME.json"}'`, with its evidence as
+NAME.md and NAME.png. A run that was ended goes on where it stopped: what was recorded lies in build/calibrate/.
 Exit status 0: written; 1: a problem to mend; 130: interrupted.
 """
 

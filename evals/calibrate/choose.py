@@ -62,7 +62,7 @@ class Plan:
 
 
 def keep(mass: np.ndarray, num_tokens: int, by: str, amount: float) -> np.ndarray:
-    """[blocks] bool: the blocks of `num_tokens` alive tokens that stay; `top_p` ranks the middle ones. mass [blocks]."""
+    """[blocks] bool: the blocks of `num_tokens` alive tokens that stay; top_p is over the middle. mass [blocks]."""
     start = min(-(-RULE.sink_tokens // BLOCK), len(mass))
     end = max(start, (num_tokens - RULE.recent_tokens) // BLOCK)
     kept = np.ones(len(mass), dtype=bool)
@@ -196,8 +196,8 @@ class Trial:
         if len(self.telling) < FEWEST:
             raise ForkError(
                 f"The model answers {sum(s.right for s in self.samples)} of {len(self.samples)} prompts, and only "
-                f"{len(self.telling)} of them can tell of a loss, where {FEWEST} are needed; raise --prompts, choose other "
-                "LENGTHS or a model that answers."
+                f"{len(self.telling)} of them can tell of a loss, where {FEWEST} are needed; raise --prompts, "
+                "choose other LENGTHS or a model that answers."
             )
         scorers = {hops: self.scorers(hops) for hops in (1, 2)}
         can_follow = any(sample.hops is not None for sample in self.telling)
@@ -248,6 +248,4 @@ def choose(chosen_on: Trial, checked_on: Trial, limit: float) -> Choice:
     for rejected, plan in enumerate(chosen_on.plans(limit)):
         if checked_on.recall(plan) >= 1 - limit:
             return Choice(plan, rejected)
-    raise ForkError(
-        f"No setting keeps what the answers need in {1 - limit:.1%} of both parts' prompts; allow more loss with --loss."
-    )
+    raise ForkError(f"No setting keeps what the answers need in {1 - limit:.1%} of both parts' prompts; raise --loss.")

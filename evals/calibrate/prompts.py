@@ -1,8 +1,8 @@
 """Prompts whose needed places are known, in two parts that share no wording, no haystack and no seed.
 
-`choose`: sentences made here. `check`: the RULER prompts of `evals/tasks`. The needle model gets its own words in both,
-in other mixes of tasks. Every prompt is told by part, task, length and index alone, for the model's own tokenizer and in
-its chat template where it has one.
+`choose`: sentences made here. `check`: the RULER prompts of `evals/tasks`. The needle model gets its own words in
+both, in other mixes of tasks. Every prompt is told by part, task, length and index alone, for the model's own tokenizer
+and in its chat template where it has one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ NEEDLE_TASKS = {"choose": ("single", "multikey", "variable"), "check": ("multike
 NEEDLE_SEEDS = {"choose": 1_000_000, "check": 2_000_000}
 NEEDLE_ANSWER_TOKENS = 4
 CHECK_TASKS = (
-    "niah_single_2", "niah_multikey_1", "qa_1", "niah_single_3", "niah_multivalue", "vt", "niah_single_1", "qa_2", "cwe",
+    "niah_single_2", "niah_multikey_1", "qa_1", "niah_single_3", "niah_multivalue", "vt", "niah_single_1", "qa_2",
+    "cwe",
 )  # fmt: skip
 ANSWER_ROOM = {"vt": 30, "cwe": 120, "qa_1": 32, "qa_2": 32}  # what the generators leave free for an answer
 NIAH_ROOM = 128
@@ -133,7 +134,7 @@ def _tokenized(part: str, task: str, tokenizer: Any, length: int, index: int, wr
 
 
 def in_template(tokenizer: Any, body: str, start: str) -> tuple[str, bool]:
-    """(the text that asks `body` and begins the answer with `start`, whether the tokenizer adds special tokens to it)."""
+    """(the text that asks `body` and begins the answer with `start`, whether the tokenizer adds special tokens)."""
     if not tokenizer.chat_template:
         return f"{body} {start}".rstrip(), True
     turn = [{"role": "user", "content": body}]
