@@ -7,11 +7,11 @@ ARGS ?=
 MODEL ?=
 # of model: which one
 NAME ?=
-# of eval: 4K,16K; samples of each task and length; tasks or groups
+# of eval, calibrate: 4K,16K; of eval: samples of each task and length; tasks or groups
 LENGTHS ?=
 LIMIT ?=
 TASKS ?=
-# of bench, bench-load, soak, eval and bench-gpu: the folder of the result; empty: build/results
+# of bench, bench-load, soak, eval, calibrate and bench-gpu: the folder of the result; empty: build/results
 RESULTS ?=
 TO ?=
 
@@ -23,7 +23,7 @@ RESULTS_OPTION := $(if $(RESULTS),--results '$(RESULTS)')
 
 .DEFAULT_GOAL := help
 .PHONY: help source tree refresh discard-edits check build wheel serve demo model test test-upstream bench bench-load soak \
-	eval bench-gpu pack-gpu docker rebase-check lock clean distclean
+	eval calibrate bench-gpu pack-gpu docker rebase-check lock clean distclean
 
 help: ## list the tasks
 	@echo 'make TASK [DEVICE=cpu|cuda] [MODEL=path-or-name] [ARGS="…"]'
@@ -79,6 +79,9 @@ soak: build ## half an hour of random traffic and faults against a live server
 eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluation-harness (evals/README.md)
 	@exec $(VENV) -m evals.lm $(MODEL_OPTION) $(RESULTS_OPTION) $(if $(LENGTHS),--lengths '$(LENGTHS)') \
 		$(if $(LIMIT),--limit '$(LIMIT)') $(if $(TASKS),--tasks '$(TASKS)') $(ARGS)
+
+calibrate: build ## a profile of what MODEL may drop: the heads that score, where, how much (evals/README.md)
+	@exec $(VENV) -m evals.calibrate $(MODEL_OPTION) $(RESULTS_OPTION) $(if $(LENGTHS),--lengths '$(LENGTHS)') $(ARGS)
 
 bench-gpu: ## kernel checks and benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU, in one call
 	@exec sh scripts/bench_gpu.sh $(RESULTS_OPTION) $(ARGS)

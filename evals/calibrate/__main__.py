@@ -1,7 +1,7 @@
 """Find what a model may drop: which heads score, where tokens are dropped, and how many.
 
-Writes NAME.json in --results, a profile for `--uniprefill-config '{"profile": "NAME.json"}'`, with its evidence as NAME.md
-and NAME.png. A run that was ended goes on where it stopped: what was recorded lies in build/calibrate/.
+Writes NAME.json in --results, a profile for `--uniprefill-config '{"profile": "NAME.json"}'`, with its evidence as
+NAME.md and NAME.png. A run that was ended goes on where it stopped: what was recorded lies in build/calibrate/.
 Exit status 0: written; 1: a problem to mend; 130: interrupted.
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 from evals.bench.shapes import ModelShape, model_name
 from evals.lm.__main__ import lengths_argument, prepare_environment
 from evals.provenance import add_results_option, command_line, count_argument, provenance
+from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
 from scripts.serve import NEEDLE_MODEL
 
@@ -32,8 +33,19 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m evals.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=Path, default=NEEDLE_MODEL, help="a model's folder (default: the needle model)")
-    add("--lengths", type=lengths_argument, default=LENGTHS, metavar="N,N", help="tokens of the prompts (default: 1K,2K)")
+    add(
+        "--model",
+        type=lambda name: Path(models.resolve(name)),
+        default=NEEDLE_MODEL,
+        help="a model's folder, or a NAME of `make model` (default: the needle model)",
+    )
+    add(
+        "--lengths",
+        type=lengths_argument,
+        default=LENGTHS,
+        metavar="N,N",
+        help="tokens of the prompts (default: 1K,2K)",
+    )
     add("--prompts", type=count_argument, default=24, help="of each part and length (default: %(default)s)")
     add("--loss", type=float, default=1.0, help="points that may be lost (default: %(default)s)")
     add(
@@ -145,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     profile["evidence"]["end_to_end"] = {
         "by": f"vLLM {about['package']}" if backend else f"transformers {version('transformers')}",
         "within_limit": pooled["difference"] >= -args.loss / 100,
-        "all": {key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")},
+        "all": {
+            key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")
+        },
         "rows": rows,
     }
     write()

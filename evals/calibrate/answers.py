@@ -1,4 +1,4 @@
-"""Dense answers against pruned ones: with the engine, or with transformers for a model that the engine does not prune."""
+"""Dense answers against pruned ones: by the engine, or by transformers for a model that the engine does not prune."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_transformers(model: WatchedModel, settings: dict[str, Any]) -> Ask:
 
 
 def start_engine(path: Path, profile: Path, samples: Sequence[Sample], cpu: bool) -> tuple[Ask, Any]:
-    """(its way to ask, the backend): vLLM in this process with the profile; prompts of the profile's lengths are pruned."""
+    """(its way to ask, the backend): vLLM in this process with the profile; every prompt is long enough to prune."""
     from evals.lm.__main__ import engine_arguments
     from evals.lm.backends import REPORT, make_engine_backend
 

@@ -62,7 +62,7 @@ class Plan:
 
 
 def keep(mass: np.ndarray, num_tokens: int, by: str, amount: float) -> np.ndarray:
-    """[blocks] bool: the blocks of `num_tokens` alive tokens that stay; `top_p` ranks the middle ones. mass [blocks]."""
+    """[blocks] bool: the blocks of `num_tokens` alive tokens that stay; top_p is over the middle. mass [blocks]."""
     start = min(-(-RULE.sink_tokens // BLOCK), len(mass))
     end = max(start, (num_tokens - RULE.recent_tokens) // BLOCK)
     kept = np.ones(len(mass), dtype=bool)
@@ -123,7 +123,10 @@ class Trial:
         if plan.hops == 1 or not followed:
             return fmean(shares)
         extra = fmean(shares[i] - self._share(one, self.samples[i]) for i in followed)
-        return fmean(share + (0 if sample.hops is not None else extra) for share, sample in zip(shares, self.samples, strict=True))
+        return fmean(
+            share + (0 if sample.hops is not None else extra)
+            for share, sample in zip(shares, self.samples, strict=True)
+        )
 
     def _share(self, plan: Plan, sample: Sample) -> float:
         tokens, _ = self.apply(plan, sample)
@@ -139,9 +142,7 @@ class Trial:
         """Mean and worst rank of what the question names, by the cut's heads, over all telling prompts."""
         row, window = self.row[cut.layer], WINDOWS.index(cut.num_queries)
         named = [s for s in self.telling if s.asked_for.any()]
-        ranks = [
-            float(rank_shares(s.mass[row, list(cut.heads), window].sum(0), s.asked_for, s.middle)) for s in named
-        ]
+        ranks = [float(rank_shares(s.mass[row, list(cut.heads), window].sum(0), s.asked_for, s.middle)) for s in named]
         return {"mean": fmean(ranks), "worst": max(ranks)}
 
     def recall(self, plan: Plan) -> float:
@@ -195,8 +196,8 @@ class Trial:
         if len(self.telling) < FEWEST:
             raise ForkError(
                 f"The model answers {sum(s.right for s in self.samples)} of {len(self.samples)} prompts, and only "
-                f"{len(self.telling)} of them can tell of a loss, where {FEWEST} are needed; raise --prompts, choose other "
-                "LENGTHS or a model that answers."
+                f"{len(self.telling)} of them can tell of a loss, where {FEWEST} are needed; raise --prompts, "
+                "choose other LENGTHS or a model that answers."
             )
         scorers = {hops: self.scorers(hops) for hops in (1, 2)}
         can_follow = any(sample.hops is not None for sample in self.telling)
@@ -247,6 +248,4 @@ def choose(chosen_on: Trial, checked_on: Trial, limit: float) -> Choice:
     for rejected, plan in enumerate(chosen_on.plans(limit)):
         if checked_on.recall(plan) >= 1 - limit:
             return Choice(plan, rejected)
-    raise ForkError(
-        f"No setting keeps what the answers need in {1 - limit:.1%} of both parts' prompts; allow more loss with --loss."
-    )
+    raise ForkError(f"No setting keeps what the answers need in {1 - limit:.1%} of both parts' prompts; raise --loss.")

@@ -1,8 +1,8 @@
 """A Hugging Face model whose attention tells what each head looks at, and that can drop tokens by a profile's settings.
 
 All of it happens in one attention function, so it works for every architecture that takes its attention from
-transformers' registry. A dropped token stays in the computation, but no later layer sees its key: what the others get is
-the same as without it.
+transformers' registry. A dropped token stays in the computation, but no later layer sees its key: what the others get
+is the same as without it.
 """
 
 from __future__ import annotations

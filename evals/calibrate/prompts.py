@@ -1,8 +1,8 @@
 """Prompts whose needed places are known, in two parts that share no wording, no haystack and no seed.
 
-`choose`: sentences made here. `check`: the RULER prompts of `evals/tasks`. The needle model gets its own words in both,
-in other mixes of tasks. Every prompt is told by part, task, length and index alone, for the model's own tokenizer and in
-its chat template where it has one.
+`choose`: sentences made here. `check`: the RULER prompts of `evals/tasks`. The needle model gets its own words in
+both, in other mixes of tasks. Every prompt is told by part, task, length and index alone, for the model's own tokenizer
+and in its chat template where it has one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ NEEDLE_TASKS = {"choose": ("single", "multikey", "variable"), "check": ("multike
 NEEDLE_SEEDS = {"choose": 1_000_000, "check": 2_000_000}
 NEEDLE_ANSWER_TOKENS = 4
 CHECK_TASKS = (
-    "niah_single_2", "niah_multikey_1", "qa_1", "niah_single_3", "niah_multivalue", "vt", "niah_single_1", "qa_2", "cwe",
+    "niah_single_2", "niah_multikey_1", "qa_1", "niah_single_3", "niah_multivalue", "vt", "niah_single_1", "qa_2",
+    "cwe",
 )  # fmt: skip
 ANSWER_ROOM = {"vt": 30, "cwe": 120, "qa_1": 32, "qa_2": 32}  # what the generators leave free for an answer
 NIAH_ROOM = 128
-STRINGS_TOKENS, FIRST_TOKENS = 9, 12  # an answer's tokens, and those before it
+ANSWER_TOKENS, FIRST_TOKENS = 9, 12  # of a short answer, at most; and before the first
 
 PLACES = (
     "north tower|old mill|boat house|wine cellar|guest wing|printing room|glass house|station hall|east gate|music room"
@@ -128,12 +129,12 @@ def _tokenized(part: str, task: str, tokenizer: Any, length: int, index: int, wr
         return inside[0], inside[-1] + 1
 
     needed, followed = tuple(map(span, written.needed)), tuple(map(span, written.followed))
-    room = FIRST_TOKENS + STRINGS_TOKENS * len(written.answers)
+    room = FIRST_TOKENS + sum(max(ANSWER_TOKENS, len(answer)) for answer in written.answers)
     return Prompt(part, task, length, index, tuple(encoded["input_ids"]), needed, followed, written.answers, room)
 
 
 def in_template(tokenizer: Any, body: str, start: str) -> tuple[str, bool]:
-    """(the text that asks `body` and begins the answer with `start`, whether the tokenizer adds special tokens to it)."""
+    """(the text that asks `body` and begins the answer with `start`, whether the tokenizer adds special tokens)."""
     if not tokenizer.chat_template:
         return f"{body} {start}".rstrip(), True
     turn = [{"role": "user", "content": body}]
@@ -181,7 +182,10 @@ def _owner(rng: Random) -> Asked:
 def _votes(rng: Random) -> Asked:
     colours = rng.sample(["blue", "green", "yellow", "purple"], 3)
     names = rng.sample(NAMES, 7)
-    votes = [f"{n} votes for the {c} flag." for n, c in zip(names, [colours[0]] * 4 + colours[1:] + colours[1:2], strict=True)]
+    votes = [
+        f"{n} votes for the {c} flag."
+        for n, c in zip(names, [colours[0]] * 4 + colours[1:] + colours[1:2], strict=True)
+    ]
     question = "Which flag has the most votes?"
     return Asked(votes, votes, [], question, "The flag with the most votes is the", colours[0])
 
@@ -189,7 +193,9 @@ def _votes(rng: Random) -> Asked:
 def _year(rng: Random) -> Asked:
     names, years = rng.sample(NAMES, 4), rng.sample(range(1700, 1990), 4)
     crafts = rng.sample(["organ", "lighthouse", "carriage", "telescope", "fountain", "printing press"], 4)
-    told = [f"In {y} {n} finished the {c} that people still admire." for y, n, c in zip(years, names, crafts, strict=True)]
+    told = [
+        f"In {y} {n} finished the {c} that people still admire." for y, n, c in zip(years, names, crafts, strict=True)
+    ]
     question = f"When did {names[0]} finish the {crafts[0]}? Give the year."
     return Asked(told, told[:1], [], question, f"{names[0]} finished the {crafts[0]} in", str(years[0]))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evals.calibrate.model import BLOCK, WatchedModel, Watch
+from evals.calibrate.model import BLOCK, Watch, WatchedModel
 from evals.calibrate.prompts import Prompt, Span
 from evals.lm.records import digest
 from tests.oracle.selection import SelectionRule, forced_blocks
@@ -101,7 +101,7 @@ def record(model: WatchedModel, prompts: Iterable[Prompt], folder: Path, fingerp
             unfinished.rename(path)
         with np.load(path) as stored:
             text = json.loads(str(stored["text"]))
-            hops = stored["hops"] if "hops" in stored else None
+            hops = stored.get("hops")
             yield Sample(prompt, text, prompt.score(text), stored["mass"], hops)
 
 

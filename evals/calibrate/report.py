@@ -56,7 +56,10 @@ def markdown(profile: dict[str, Any]) -> str:
         ("model", f"{model['name']}: {model['architecture']}, {shape}"),
         ("lengths", ", ".join(f"{length:,}" for length in made["lengths"])),
         ("hops", str(profile["settings"]["hops"])),
-        ("limit", f"{made['loss']:g} points lost; choices that failed the check before this one: {evidence['rejected']}"),
+        (
+            "limit",
+            f"{made['loss']:g} points lost; choices that failed the check before this one: {evidence['rejected']}",
+        ),
         ("package", f"{made['package']}, torch {made['torch']}, transformers {made['transformers']}"),
         ("command", f"`{made['command']}`"),
     ]
@@ -91,4 +94,6 @@ def plot(profile: dict[str, Any], layers: Sequence[int], samples: Sequence[Sampl
         axis.set_xlabel("full-attention layer (red: heads that score)")
         axis.set_ylabel("head")
 
-    draw([panel], f"{profile['model']['name']}: where heads rank what the answer needs, at each head's best window", path)
+    draw(
+        [panel], f"{profile['model']['name']}: where heads rank what the answer needs, at each head's best window", path
+    )

@@ -1,0 +1,229 @@
+"""Calibration: the prompts' places, the recorded masses, the reference's drops, the choice, resuming."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from evals.bench.shapes import ModelShape
+from evals.calibrate import choose, model, prompts, ranks
+from evals.needle import prompts as needle
+from scripts.fork import ForkError
+from tests.oracle.oracle import Oracle
+from tests.oracle.selection import SelectionRule, select_blocks
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDLE = ROOT / "evals" / "needle" / "model"
+SHAPE = ModelShape(layers=8, hidden=64, heads=2, kv_heads=2, head_dim=32, ffn=128)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory):
+    """A tokenizer for any text: one token a word or sign."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def text_at(tokenizer, text: str, special: bool, span: tuple[int, int]) -> str:
+    offsets = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)["offset_mapping"]
+    return text[offsets[span[0]][0] : offsets[span[1] - 1][1]]
+
+
+@pytest.mark.parametrize("template", [None, "<user>{{ messages[0]['content'] }}<end><assistant>"])
+@pytest.mark.parametrize("part", prompts.PARTS)
+def test_every_needed_span_holds_its_words(english, part: str, template: str | None, monkeypatch) -> None:
+    english.chat_template = template
+    seen = []
+    monkeypatch.setattr(prompts, "in_template", lambda *a, real=prompts.in_template: seen.append(real(*a)) or seen[-1])
+    tasks = prompts.CHOOSE_TASKS if part == "choose" else prompts.CHECK_TASKS
+    for task in tasks:
+        written = (prompts._own if part == "choose" else prompts._ruler)(task, english, 1024, 1)
+        prompt = prompts._tokenized(part, task, english, 1024, 1, written)
+        found = [text_at(english, *seen[-1], span) for span in prompt.needed]
+        assert found == list(written.needed), task
+        assert set(prompt.followed) <= set(prompt.needed)
+        assert all(any(answer in words for words in found) for answer in prompt.answers) or task in (
+            "cwe",
+            "vt",
+            "votes",
+        )
+        assert 1024 <= len(prompt.ids) < 1400 or part == "check"
+
+
+def test_the_needle_models_spans_are_the_values_of_its_statements() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(NEEDLE)
+    for part in prompts.PARTS:
+        for prompt in prompts.make_prompts(part, tokenizer, True, 1024, 6):
+            words = [needle.VOCAB[prompt.ids[start]] for start, _ in prompt.needed]
+            assert set(prompt.answers[0].split(" and ")) <= set(words)
+            assert len(prompt.ids) == 1024
+
+
+def test_the_parts_share_no_task_and_no_sentence(english) -> None:
+    english.chat_template = None
+    own = prompts._own("multikey", english, 1024, 0)
+    ruler = prompts._ruler("niah_multikey_1", english, 1024, 0)
+    assert not set(prompts.CHOOSE_TASKS) & set(prompts.CHECK_TASKS)
+    assert not set(own.body.split(". ")) & set(ruler.body.split(". "))
+    assert (
+        own.body == prompts._own("multikey", english, 1024, 0).body != prompts._own("multikey", english, 1024, 2).body
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, grouped-query attention, peaked scores."""
+    path = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, max_position_embeddings=1024, initializer_range=0.5,
+        )
+    )  # fmt: skip
+    made.save_pretrained(path)
+    AutoTokenizer.from_pretrained(NEEDLE).save_pretrained(path)
+    return path
+
+
+def test_masses_are_the_softmax_of_the_last_queries(tiny: Path) -> None:
+    ids = torch.randint(0, 64, (300,)).tolist()
+    watched = model.WatchedModel(tiny, torch.float32)
+    watch = model.Watch(layers=watched.layers, with_hops=True)
+    watched.answer(ids, 2, watch)
+    plain = LlamaForCausalLM.from_pretrained(tiny, attn_implementation="eager")
+    attention = plain(torch.tensor([ids]), output_attentions=True).attentions
+    assert sorted(watch.mass) == [0, 1]  # not the last layer
+    blocks = torch.arange(300) // model.BLOCK
+    for layer in watched.layers:
+        weights = attention[layer][0]
+        into = torch.zeros(4, 300, 5).index_add_(2, blocks, weights.detach())
+        for i, window in enumerate(model.WINDOWS):
+            torch.testing.assert_close(watch.mass[layer][:, i], into[:, -window:].sum(1), atol=1e-4, rtol=1e-3)
+        square = model.without_own(torch.zeros(4, 5, 5).index_add_(1, blocks, into))
+        torch.testing.assert_close(watch.hops[layer], square, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("amount", [{"top_p": 0.9}, {"keep_ratio": 0.4}])
+def test_drops_are_those_of_the_oracle(amount: dict[str, float]) -> None:
+    ids = needle.encode(needle.make_prompt("multikey", 1100, 5).text)
+    expected = Oracle(NEEDLE).run(ids, 3, selection_layers=[2, 4], top_p_over="middle", **amount)
+    watched = model.WatchedModel(NEEDLE, torch.float32)
+    watch = model.Watch(cuts={layer: {"num_queries": 128, **amount} for layer in (2, 4)})
+    text = watched.answer(ids, 4, watch)
+    assert watch.kept == [len(kept) for kept in expected.kept]
+    assert watch.alive is not None and watch.alive[: len(ids)].nonzero()[:, 0].tolist() == expected.kept[-1]
+    stop = expected.tokens.index(needle.DOT_ID) if needle.DOT_ID in expected.tokens else len(expected.tokens)
+    assert text.split()[:stop] == [needle.VOCAB[token] for token in expected.tokens[:stop]]
+
+
+@pytest.mark.parametrize(("by", "amount"), [("top_p", 0.5), ("top_p", 0.99), ("keep_ratio", 0.3), ("keep_ratio", 0.05)])
+@pytest.mark.parametrize("num_tokens", [256, 300, 1024, 2000])
+def test_blocks_kept_are_those_of_the_oracle(by: str, amount: float, num_tokens: int) -> None:
+    mass = np.random.default_rng(num_tokens).pareto(1, -(-num_tokens // 64))
+    rule = SelectionRule(**{by: amount}, top_p_over="middle")
+    expected = select_blocks(torch.tensor(mass), num_tokens, rule).kept.numpy()
+    assert (choose.keep(mass, num_tokens, by, amount) == expected).all()
+
+
+def made_sample(index: int, part: str, good: tuple[int, int]) -> ranks.Sample:
+    """20 blocks, one needed; `good` (layer, head) ranks it first from 32 queries, all others rank at random."""
+    rng = np.random.default_rng([index, len(part)])
+    needed = int(rng.integers(3, 16))
+    mass = rng.random((7, 2, len(model.WINDOWS), 20), dtype=np.float32)
+    mass[good[0], good[1], 2, needed] = 50
+    span = (needed * 64 + 5, needed * 64 + 9)
+    prompt = prompts.Prompt(part, "made", 1280, index, (1,) * 1280, (span,), (), ("x",), 1)
+    return ranks.Sample(prompt, "x", 1.0, mass, None)
+
+
+def made_trial(part: str, good: tuple[int, int] = (2, 1), count: int = 12) -> choose.Trial:
+    return choose.Trial([made_sample(i, part, good) for i in range(count)], range(7), SHAPE)
+
+
+def test_the_head_that_finds_is_chosen_and_what_it_saves() -> None:
+    chosen = choose.choose(made_trial("choose"), made_trial("check"), 0.01)
+    first = chosen.plan.cuts[0]
+    assert (first.layer, first.num_queries) == (2, 32)
+    assert 1 in first.heads  # another may join where it changes no rank
+    assert chosen.rejected == 0
+    assert made_trial("check").computed(chosen.plan) < 0.7
+    assert chosen.plan.settings()["selection_layers"][0]["heads"] == list(first.heads)
+
+
+def test_a_choice_that_fails_the_check_does_not_stand() -> None:
+    """On the check part another head finds: what was chosen by chance is rejected."""
+    check = made_trial("check", good=(4, 0))
+    chosen = choose.choose(made_trial("choose"), check, 0.01)
+    assert chosen.rejected > 0
+    assert check.recall(chosen.plan) == 1
+
+
+def test_second_hop_keeps_what_the_first_found_block_looks_at() -> None:
+    mass, hops = np.zeros(20), np.zeros((20, 20))
+    mass[5] = 1
+    hops[5, 9] = 1
+    hops[7, 12] = 9  # 7 is not among the heaviest
+    assert choose.second_hop(mass, hops, 1280).nonzero()[0].tolist() == [9]
+
+
+def test_too_few_answers_are_refused() -> None:
+    with pytest.raises(ForkError, match="raise --prompts"):
+        choose.choose(made_trial("choose", count=3), made_trial("check"), 0.01)
+
+
+def test_recording_goes_on_where_it_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = model.WatchedModel(tiny, torch.float32)
+    made = [
+        prompts.Prompt("choose", "made", 300, i, tuple(range(3, 63)) * 5, ((150, 151),), (), ("x",), 1) for i in (0, 1)
+    ]
+    made[1] = prompts.Prompt("choose", "made", 300, 1, tuple(range(2, 62)) * 5, ((150, 151),), ((150, 151),), ("x",), 1)
+    first = next(iter(ranks.record(watched, made, tmp_path, "model")))  # ended after one
+    asked = []
+    monkeypatch.setattr(watched, "answer", lambda *args, real=watched.answer: asked.append(args[0]) or real(*args))
+    samples = list(ranks.record(watched, made, tmp_path, "model"))
+    assert asked == [made[1].ids]
+    assert (samples[0].mass == first.mass).all() and samples[0].hops is None
+    assert samples[1].hops is not None
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "MLA"),
+        ({"model_type": "mamba"}, "no full-attention layer"),
+        ({"model_type": "mistral", "sliding_window": 512}, "no full-attention layer"),
+    ],
+)
+def test_models_without_heads_to_score_are_refused(tmp_path: Path, config: dict, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ForkError, match=reason):
+        model.text_config(tmp_path)
+
+
+def test_only_full_layers_of_a_hybrid_score() -> None:
+    config = LlamaConfig(num_hidden_layers=6)
+    config.layer_types = ["sliding_attention", "full_attention"] * 3
+    assert model.full_layers(config) == [1, 3]
+
+
+def test_rank_is_the_share_of_heavier_blocks() -> None:
+    middle = np.array([False, True, True, True, True, False])
+    needed = np.array([False, False, True, False, False, False])
+    mass = np.array([9, 3, 2, 1, 4, 9.0])
+    assert math.isclose(float(ranks.rank_shares(mass, needed, middle)), 2 / 3)
