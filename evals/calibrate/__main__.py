@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from evals.bench.shapes import ModelShape, model_name
-from evals.lm.__main__ import lengths_argument, prepare_environment
+from evals.lm.__main__ import json_argument, lengths_argument, prepare_environment
 from evals.provenance import add_results_option, command_line, count_argument, provenance
 from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
@@ -140,7 +140,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.plot(profile, model.layers, check.samples, Path(f"{output}.png"))
     write()
     say(f"settings: {json.dumps(profile['settings'])}")
-    same = {"package": about["package"], "series": about["series_sha256"], "model": fingerprint, "by": args.backend}
+    same = {
+        "package": about["package"],
+        "series": about["series_sha256"],
+        "model": fingerprint,
+        "by": [args.backend, args.engine_args],
+    }
     with open_records(args.records, same, fresh=False) as kept_answers:
         backend = None
         if args.backend == "transformers":
@@ -149,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             del model
             gc.collect()
             ask, backend = answers.start_engine(
-                args.model, Path(f"{output}.json"), check.samples, about["machine"]["device"] == "cpu"
+                args.model, Path(f"{output}.json"), check.samples, about["machine"]["device"] == "cpu", args.engine_args
             )
         setting = json.dumps(profile["settings"])
         rows = answers.compare(check.samples, ask, backend, args.timed, kept_answers, setting)

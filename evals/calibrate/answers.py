@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,26 @@ Ask = Callable[[Sample, dict[str, Any]], dict[str, Any]]
 def with_transformers(model: WatchedModel, settings: dict[str, Any]) -> Ask:
     """Its dense answers are those of the samples."""
     cuts = {cut["layer"]: cut for cut in settings["selection_layers"]}
+    starts = [0, *(layer + 1 for layer in cuts), model.config.num_hidden_layers]
 
     def ask(sample: Sample, xargs: dict[str, Any]) -> dict[str, Any]:
         if xargs == DENSE:
             return {"score": sample.score, "report": {}}
         watch = Watch(cuts=cuts, hops_asked=settings["hops"])
         text = model.answer(sample.prompt.ids, sample.prompt.max_new_tokens, watch)
-        segments = [{"tokens_in": tokens} for tokens in (sample.num_tokens, *watch.kept)]
+        segments = [
+            {"layers": [start, end - 1], "tokens_in": tokens}
+            for (start, end), tokens in zip(pairwise(starts), (sample.num_tokens, *watch.kept), strict=True)
+        ]
         report = {"outcome": "pruned", "prompt_tokens": sample.num_tokens, "segments": segments}
         return {"score": sample.prompt.score(text), "report": report}
 
     return ask
 
 
-def start_engine(path: Path, profile: Path, samples: Sequence[Sample], cpu: bool) -> tuple[Ask, Any]:
+def start_engine(
+    path: Path, profile: Path, samples: Sequence[Sample], cpu: bool, more: dict[str, Any]
+) -> tuple[Ask, Any]:
     """(its way to ask, the backend): vLLM in this process with the profile; every prompt is long enough to prune."""
     from evals.lm.__main__ import engine_arguments
     from evals.lm.backends import REPORT, make_engine_backend
@@ -43,7 +49,7 @@ def start_engine(path: Path, profile: Path, samples: Sequence[Sample], cpu: bool
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     longest = max(sample.num_tokens + sample.prompt.max_new_tokens for sample in samples)
     config = {"profile": str(profile), "min_prompt_tokens": min(1024, *(sample.num_tokens for sample in samples))}
-    given = argparse.Namespace(model=str(path), lengths=[longest], uniprefill_config=config, engine_args={})
+    given = argparse.Namespace(model=str(path), lengths=[longest], uniprefill_config=config, engine_args=more)
     backend = make_engine_backend(str(path), engine_arguments(given, cpu, 1), True, 1)
     import vllm
 
@@ -77,8 +83,9 @@ def compare(samples: Sequence[Sample], ask: Ask, backend: Any, timed: int, recor
         if backend is not None and seen[length] <= timed:
             key = {**place, "timed": True}
             if (times := records.get(key)) is None:
-                if len(found) == 0:
-                    backend.first_token(sample.prompt.ids, PRUNED)  # warm
+                if seen[length] == 1:  # warm
+                    for xargs in (DENSE, PRUNED):
+                        backend.first_token(sample.prompt.ids, xargs)
                 order = (DENSE, PRUNED) if len(found) % 2 else (PRUNED, DENSE)
                 by_way = {xargs["uniprefill"]: backend.first_token(sample.prompt.ids, xargs)[0] for xargs in order}
                 times = [by_way[0], by_way[1]]
@@ -89,7 +96,7 @@ def compare(samples: Sequence[Sample], ask: Ask, backend: Any, timed: int, recor
         members = list(group)
         rows.append(
             make_row(
-                {"task": task, "length": length, "setting": "profile"},
+                {"task": task, "length": length, "setting": "profile", "method": "profile"},
                 [dense["score"] for _, _, dense, _, _ in members],
                 [pruned["score"] for _, _, _, pruned, _ in members],
                 [pruned["report"] for _, _, _, pruned, _ in members],

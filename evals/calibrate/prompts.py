@@ -86,7 +86,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Written:
-    """A question over a text, before it is tokens. `needed`, `followed`: substrings that stand once in `body`."""
+    """A question over a text, before it is tokens. `needed`, `followed`: substrings that stand once in `body`.
+
+    Of a statement that the question names only the answer in it is needed: its tokens have read the rest before a cut.
+    """
 
     body: str
     start: str
@@ -150,33 +153,47 @@ def _sentence(rng: Random) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """Statements for a text, which of them the answer needs, and the question."""
+    """Statements for a text, what of them the answer needs, and the question."""
 
     statements: list[str]
     needed: list[str]
     followed: list[str]
     question: str
     start: str
-    answer: str
+    answers: list[str]
 
 
-def _codes(rng: Random, count: int) -> Asked:
+def _code(rng: Random) -> str:
+    return str(rng.randint(100_000, 999_999))
+
+
+def _serial_number(rng: Random) -> str:
+    return "-".join(f"{rng.getrandbits(16):04x}" for _ in range(8))
+
+
+def _named(rng: Random, count: int, what: str, make: Callable[[Random], str]) -> Asked:
     places = rng.sample(PLACES, count)
-    codes = [str(rng.randint(100_000, 999_999)) for _ in places]
-    statements = [f"The access code of the {p} is {c}." for p, c in zip(places, codes, strict=True)]
-    ask = f"of the {places[0]}"
-    return Asked(
-        statements, statements[:1], [], f"What is the access code {ask}?", f"The access code {ask} is", codes[0]
-    )
+    values = [make(rng) for _ in places]
+    statements = [f"The {what} of the {p} is {v}." for p, v in zip(places, values, strict=True)]
+    ask = f"{what} of the {places[0]}"
+    return Asked(statements, values[:1], [], f"What is the {ask}?", f"The {ask} is", values[:1])
+
+
+def _several(rng: Random) -> Asked:
+    places = rng.sample(PLACES, 3)
+    codes = [[_code(rng) for _ in range(3)] for _ in places]
+    statements = [f"One access code of the {p} is {c}." for p, own in zip(places, codes, strict=True) for c in own]
+    ask = f"access codes of the {places[0]}"
+    return Asked(statements, codes[0], [], f"What are the three {ask}?", f"The three {ask} are", codes[0])
 
 
 def _owner(rng: Random) -> Asked:
     places, names = rng.sample(PLACES, 3), rng.sample(NAMES, 3)
-    phones = [str(rng.randint(100_000, 999_999)) for _ in names]
+    phones = [_code(rng) for _ in names]
     own = [f"The {p} is looked after by {n}." for p, n in zip(places, names, strict=True)]
     call = [f"{n} can be called at {t}." for n, t in zip(names, phones, strict=True)]
     question = f"Which number do I call to reach the person who looks after the {places[0]}?"
-    return Asked(own + call, [own[0], call[0]], [call[0]], question, "The number to call is", phones[0])
+    return Asked(own + call, [own[0], phones[0]], [phones[0]], question, "The number to call is", phones[:1])
 
 
 def _votes(rng: Random) -> Asked:
@@ -187,23 +204,26 @@ def _votes(rng: Random) -> Asked:
         for n, c in zip(names, [colours[0]] * 4 + colours[1:] + colours[1:2], strict=True)
     ]
     question = "Which flag has the most votes?"
-    return Asked(votes, votes, [], question, "The flag with the most votes is the", colours[0])
+    return Asked(votes, votes, [], question, "The flag with the most votes is the", colours[:1])
 
 
 def _year(rng: Random) -> Asked:
-    names, years = rng.sample(NAMES, 4), rng.sample(range(1700, 1990), 4)
+    names, years = rng.sample(NAMES, 4), [str(year) for year in rng.sample(range(1700, 1990), 4)]
     crafts = rng.sample(["organ", "lighthouse", "carriage", "telescope", "fountain", "printing press"], 4)
     told = [
         f"In {y} {n} finished the {c} that people still admire." for y, n, c in zip(years, names, crafts, strict=True)
     ]
     question = f"When did {names[0]} finish the {crafts[0]}? Give the year."
-    return Asked(told, told[:1], [], question, f"{names[0]} finished the {crafts[0]} in", str(years[0]))
+    # The year stands first, before what the question names.
+    return Asked(told, told[:1], [], question, f"{names[0]} finished the {crafts[0]} in", years[:1])
 
 
 CHOOSE_TASKS: dict[str, Callable[[Random], Asked]] = {
-    "single": lambda rng: _codes(rng, 1),
+    "single": lambda rng: _named(rng, 1, "access code", _code),
     "question": _year,
-    "multikey": lambda rng: _codes(rng, 6),
+    "multikey": lambda rng: _named(rng, 6, "access code", _code),
+    "several": _several,
+    "serial": lambda rng: _named(rng, 4, "serial number", _serial_number),
     "two_hops": _owner,
     "votes": _votes,
 }
@@ -220,7 +240,7 @@ def _own(task: str, tokenizer: Any, length: int, index: int) -> Written:
         for statement in rng.sample(asked.statements, len(asked.statements)):
             sentences.insert(rng.randint(0, len(sentences)), statement)
         body = f"{OPENING}{' '.join(sentences)}\n\n{asked.question}"
-        return Written(body, start, tuple(asked.needed), tuple(asked.followed), (asked.answer,))
+        return Written(body, start, tuple(asked.needed), tuple(asked.followed), tuple(asked.answers))
 
     def short(size: int) -> bool:
         text, special = in_template(tokenizer, written(size).body, start)
@@ -244,7 +264,7 @@ def _ruler(task: str, tokenizer: Any, length: int, index: int) -> Written:
 def _needed(task: str, body: str, answers: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What of a RULER prompt answers it: (all, what is found only through another place)."""
     if task.startswith("niah"):
-        return tuple(re.search(rf"One of the special magic \S+ for \S+ is: {a}\.", body)[0] for a in answers), ()
+        return answers, ()
     if task == "vt":
         chain = tuple(re.search(rf"VAR {a} = (?:VAR )?\w+", body)[0] for a in answers)
         return chain, chain[1:]

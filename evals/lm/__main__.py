@@ -3,7 +3,8 @@
 Prints one table and writes it, as lm-MODEL-DEVICE.json and .md in --results: for each task and length the scores dense
 and pruned, the paired difference with a 95 % interval, the share of the prompt kept, and the ratio of the times to the
 first token.
-With several values of --top-p it also plots accuracy and that ratio against top_p (lm-MODEL-DEVICE-curve.png).
+With several values of --top-p, or several methods, it also plots accuracy and that ratio against what is computed
+(lm-MODEL-DEVICE-curve.png).
 
 A run that was ended goes on where it stopped: answers lie in build/evals/, by the settings and the package.
 Exit status 0: measured; 1: a problem to mend; 130: interrupted.
@@ -23,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +73,34 @@ def json_argument(text: str) -> dict[str, Any]:
     return value
 
 
+def method_argument(text: str) -> tuple[str, dict[str, Any]]:
+    """ "cut early={...}" -> its name and its config."""
+    name, sign, config = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like NAME=JSON")
+    return name, json_argument(config)
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals.lm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", type=models.resolve, default=str(NEEDLE_MODEL), help="a folder, a hub name or a NAME of `make model`")
+    add(
+        "--model", type=models.resolve, default=str(NEEDLE_MODEL), help="a folder, a hub name or a NAME of `make model`"
+    )
     add("--lengths", type=lengths_argument, default=LENGTHS, metavar="N,N", help="tokens, prompt and answer")
     add("--limit", type=count_argument, default=50, help="samples of each task and length (default: %(default)s)")
     add("--tasks", help="tasks or groups (default: `needle` for the needle model, `local_ruler` for others)")
     add("--top-p", type=top_p_argument, metavar="P,P", help="sent with each pruned request (default: .99)")
     add("--uniprefill-config", type=json_argument, metavar="JSON", help="of the engine or server that is started")
+    add(
+        "--method",
+        type=method_argument,
+        action="append",
+        metavar="NAME=JSON",
+        help="instead of --uniprefill-config: a config under a name; several are compared, each by an engine of its own",
+    )
     add("--backend", choices=("vllm", "api"), default="vllm", help="in this process, or through a server")
     add("--base-url", metavar="URL", help="a server that runs; otherwise `--backend api` starts one")
     add("--port", type=int, default=8101, help="of the server that is started (default: %(default)s)")
@@ -184,11 +203,15 @@ def asked_backend(args: argparse.Namespace, arguments: dict[str, Any], batch_siz
     else:
         say("starting an engine in this process")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        yield make_engine_backend(args.model, arguments, args.apply_chat_template, batch_size)
+        backend = make_engine_backend(args.model, arguments, args.apply_chat_template, batch_size)
+        try:
+            yield backend
+        finally:
+            backend.close()
 
 
 def chosen_variants(args: argparse.Namespace) -> list[Any]:
-    """The ways to prune: each top_p, or what the config says.
+    """The ways to prune: of each config what it says itself, or each top_p.
 
     Raises:
         ForkError: for settings that exclude each other.
@@ -196,15 +219,26 @@ def chosen_variants(args: argparse.Namespace) -> list[Any]:
     """
     from evals.lm.runner import Variant
 
-    config = args.uniprefill_config or {}
-    if args.uniprefill_config is not None and args.base_url:
-        raise ForkError("--uniprefill-config is for a server that is started here; the one at --base-url has its own.")
-    if "keep_ratio" in config:
-        if args.top_p:
-            raise ForkError("--top-p and a keep_ratio in --uniprefill-config exclude each other; drop one.")
-        return [Variant(f"keep_ratio {config['keep_ratio']:g}", {"uniprefill": 1})]
-    values = args.top_p or (config.get("top_p", 0.99),)
-    return [Variant(f"top_p {value:g}", {"uniprefill": 1, "uniprefill_top_p": value}) for value in values]
+    if (args.uniprefill_config is not None or args.method) and args.base_url:
+        raise ForkError("--uniprefill-config and --method are for engines that are started here; drop --base-url.")
+    if args.uniprefill_config is not None and args.method:
+        raise ForkError("--uniprefill-config and --method exclude each other; give the config a name.")
+    variants = []
+    for name, config in args.method or [("", args.uniprefill_config or {})]:
+        if "keep_ratio" in config:
+            if args.top_p:
+                raise ForkError("--top-p and a keep_ratio in a config exclude each other; drop one.")
+            own = f"keep_ratio {config['keep_ratio']:g}"
+        elif "profile" in config or any(isinstance(cut, dict) for cut in config.get("selection_layers", ())):
+            own = "own settings"
+        else:
+            own = None
+        if own:
+            variants.append(Variant(name or own, name, {"uniprefill": 1}, config))
+        for top_p in args.top_p or (() if own else (config.get("top_p", 0.99),)):
+            setting = f"{name}, top_p {top_p:g}".removeprefix(", ")
+            variants.append(Variant(setting, name, {"uniprefill": 1, "uniprefill_top_p": top_p}, config))
+    return variants
 
 
 def reserved_tokens(args: argparse.Namespace) -> int:
@@ -255,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = Tasks(names, metadata)
     arguments = {} if args.base_url else engine_arguments(args, cpu, batch_size)
     several = len(variants) > 1
+    methods = [list(group) for _, group in groupby(variants, key=lambda variant: variant.method)]
     name = model_name(Path(args.model))
     output = args.results / f"lm-{name}-{about['machine']['device']}{'-curve' if several else ''}"
     asked = "through the completions API" if args.base_url or args.backend == "api" else "in process"
@@ -268,7 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "tasks": tasks.names,
             "lengths": args.lengths,
             "limit": args.limit,
-            "uniprefill_config": "the server's own" if args.base_url else json.dumps(args.uniprefill_config or {}),
+            "uniprefill_config": {
+                alike[0].method: "the server's own" if args.base_url else alike[0].config for alike in methods
+            },
             "engine": arguments,
             "batch_size": batch_size,
             "chat_template": args.apply_chat_template,
@@ -278,29 +315,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plotted": f"{output.name}.png" if several else None,
         "rows": [],
     }
-    # Not the commit, the lengths or the tasks: a prompt that is the same has the same answer.
+    # Not the commit, the lengths or the tasks: a prompt that is the same has the same answer, a dense one with any config.
     same = {
         **{key: about[key] for key in ("package", "series_sha256", "torch", "machine")},
         "model": model_fingerprint(args.model),
         "asked": args.base_url or asked,
-        "uniprefill_config": args.uniprefill_config or {},
         "engine_args": args.engine_args,
         "chat": args.apply_chat_template,
     }
     say(f"{about['package']} on {about['machine']['gpu'] or about['machine']['cpu']}; {', '.join(tasks.names)}")
-    with (
-        open_records(args.records, same, args.fresh) as records,
-        asked_backend(args, arguments, batch_size, about["package"]) as backend,
-    ):
-        run = Run(backend, records, variants, args.limit, args.ttft_samples, batch_size, args.apply_chat_template)
-        places = len(args.lengths) * len(tasks.names)
-        for length in args.lengths:
-            for task_name, task in tasks.load(length):
-                done = len(result["rows"]) // len(variants)
-                what = f"[{done + 1}/{places}] {task_name} at {length:,}"
-                for variant, row in zip(variants, run.rows(task_name, task, length, what), strict=True):
-                    result["rows"].append(row | {"top_p": variant.xargs.get("uniprefill_top_p")})
-                write(result, output)
+    places, done = len(methods) * len(args.lengths) * len(tasks.names), 0
+    with open_records(args.records, same, args.fresh) as records:
+        for alike in methods:
+            given = arguments | ({} if args.base_url else {"uniprefill_config": alike[0].config})
+            with asked_backend(args, given, batch_size, about["package"]) as backend:
+                run = Run(backend, records, alike, args.limit, args.ttft_samples, batch_size, args.apply_chat_template)
+                for length in args.lengths:
+                    for task_name, task in tasks.load(length):
+                        done += 1
+                        result["rows"] += run.rows(
+                            task_name, task, length, f"[{done}/{places}] {task_name} at {length:,}"
+                        )
+                        write(result, output)
         result["complete"] = True
         write(result, output)
     say(f"written: {output}.json, .md{', .png' if several else ''}")

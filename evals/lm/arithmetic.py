@@ -88,6 +88,15 @@ def kept_shares(report: Mapping[str, Any]) -> list[float]:
     return [segment["tokens_in"] / report["prompt_tokens"] for segment in report["segments"][1:]]
 
 
+def computed_share(report: Mapping[str, Any]) -> float:
+    """Share of the prompt's tokens that the average layer computed."""
+    if report["outcome"] != "pruned":
+        return 1.0
+    layers = [last - first + 1 for first, last in (segment["layers"] for segment in report["segments"])]
+    tokens = [segment["tokens_in"] for segment in report["segments"]]
+    return sum(n * t for n, t in zip(layers, tokens, strict=True)) / (sum(layers) * report["prompt_tokens"])
+
+
 def mean_kept(reports: Sequence[Mapping[str, Any]]) -> list[float]:
     """Mean share of the prompt alive after each cut, over the prompts that were pruned."""
     shares = [kept_shares(report) for report in reports if report["outcome"] == "pruned"]
@@ -116,6 +125,7 @@ def make_row(
         dense,
         pruned,
         mean_kept(reports),
+        fmean(map(computed_share, reports)) if reports else None,
         Counter(report["reason"] for report in reports if report["outcome"] != "pruned"),
         times,
     )
@@ -126,6 +136,7 @@ def _row(
     dense: Sequence[float],
     pruned: Sequence[float],
     kept: list[float],
+    computed: float | None,
     not_pruned: Mapping[str, int],
     times: Sequence[tuple[float, float]],
 ) -> dict[str, Any]:
@@ -137,6 +148,7 @@ def _row(
         "pruned": fmean(pruned),
         **paired_difference(dense, pruned),
         "kept": kept,
+        "computed": computed,
         "not_pruned": dict(not_pruned),
         "ttft": compare(dense_seconds, pruned_seconds) if times else None,
         "ttft_seconds": {"dense": dense_seconds, "pruned": pruned_seconds},
@@ -153,10 +165,11 @@ def pooled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         pair for row in rows for pair in zip(row["ttft_seconds"]["dense"], row["ttft_seconds"]["pruned"], strict=True)
     ]
     return _row(
-        {"task": "all", "length": rows[0]["length"], "setting": rows[0]["setting"]},
+        {"task": "all", **{key: rows[0][key] for key in ("length", "setting", "method")}},
         [score for row in rows for score in row["scores"]["dense"]],
         [score for row in rows for score in row["scores"]["pruned"]],
         [sum(cut) / prompts for cut in cuts],
+        fmean(row["computed"] for row in rows for _ in range(row["samples"])),
         sum((Counter(row["not_pruned"]) for row in rows), Counter()),
         times,
     )

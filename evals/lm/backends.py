@@ -5,6 +5,7 @@ Every request carries `vllm_xargs` (`extra_args` in process) that say dense or p
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import time
@@ -79,6 +80,7 @@ def make_engine_backend(model: str, arguments: Mapping[str, Any], chat: bool, ba
     """vLLM in this process (the harness's `vllm`); `arguments` go to `LLM(...)`."""
     import vllm
     from lm_eval.models.vllm_causallms import VLLM
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     class EngineLM(VLLM):
         """The harness's class, which keeps the reports that it would drop."""
@@ -98,6 +100,13 @@ def make_engine_backend(model: str, arguments: Mapping[str, Any], chat: bool, ba
             # A chat template writes the first token itself; plain prompts get it from the tokenizer.
             self.lm = EngineLM(model, batch_size=batch_size, add_bos_token=False if chat else None, **arguments)
             self.max_length = self.lm.max_length
+
+        def close(self) -> None:
+            """End the engine, so that another fits in this process."""
+            self.lm.model.llm_engine.engine_core.shutdown()
+            del self.lm
+            gc.collect()
+            cleanup_dist_env_and_memory()
 
         def encode(self, prompt: str) -> list[int]:
             return self.lm.tok_encode(prompt)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from evals.bench.arithmetic import size_label, spread
-from evals.bench.report import draw, draw_lines, gain, of_gain, table
+from evals.bench.arithmetic import size_label
+from evals.bench.report import draw, draw_range, gain, of_gain, table
 from evals.lm.arithmetic import BOOTSTRAP, SCORE, pooled
 
 METHOD = f"""\
@@ -18,6 +19,7 @@ METHOD = f"""\
   is 0 or 1 or no sample differs, else {BOOTSTRAP}, 10,000 resamples, marked *].
 - Better, worse: samples that pruning answered better, worse.
 - Kept: share of the prompt alive after the first and after the last cut, mean over the pruned prompts.
+- Computed: share of the prompt's tokens that the average layer computed, mean over all prompts.
 - TTFT: seconds from sending one prompt, alone, to its first token; dense over pruned, so above 1 is faster; each sample
   in turn dense and pruned, in one server or process, none from the prefix cache. Ratio of medians [range of the
   samples' ratios]."""
@@ -54,12 +56,13 @@ def line(row: dict[str, Any]) -> tuple[str, ...]:
         difference(row),
         f"{row['better_pruned']}, {row['worse_pruned']}",
         kept(row),
+        f"{row['computed']:.2f}" if row["computed"] is not None else "–",
         gain(row["ttft"]) if row["ttft"] else "–",
     )
 
 
 def result_table(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("task", "length", "prune by", "samples", "dense", "pruned", "difference", "better, worse", "kept", "TTFT")
+    head = "task|length|prune by|samples|dense|pruned|difference|better, worse|kept|computed|TTFT".split("|")
     return table(head, map(line, with_totals(rows)))
 
 
@@ -85,7 +88,10 @@ def markdown(result: dict[str, Any]) -> str:
         ("release", f"{about['upstream']}, commit {about['upstream_commit']}"),
         ("series", f"sha256 {about['series_sha256'][:16]}"),
         ("harness", f"lm-eval {about['lm_eval']}, {settings['asked']}"),
-        ("config", f"`{settings['uniprefill_config']}`"),
+        *(
+            (f"config {name}".rstrip(), f"`{json.dumps(config)}`")
+            for name, config in settings["uniprefill_config"].items()
+        ),
         ("finished", result["finished"] if result["complete"] else f"not yet, {result['finished']}"),
         ("command", f"`{settings['command']}`"),
     ]
@@ -97,56 +103,60 @@ def markdown(result: dict[str, Any]) -> str:
         "\n".join(not_pruned_lines(result["rows"])),
     ]
     if result["plotted"]:
-        parts.insert(3, f"![accuracy and TTFT against top_p]({result['plotted']})")
+        parts.insert(3, f"![accuracy and TTFT against what is computed]({result['plotted']})")
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Against top_p, a line for each length: each task's accuracy, and the TTFT ratio of all tasks together."""
+    """Against the computed share, a line a method: for each length the mean score and the TTFT ratio of all tasks."""
     rows = result["rows"]
-    panels = [partial(draw_accuracy, task=task, rows=rows) for task in dict.fromkeys(row["task"] for row in rows)]
-    if any(row["ttft"] for row in rows):
-        panels.append(partial(draw_ttft, rows=rows))
+    lengths = sorted({row["length"] for row in rows})
+    panels = [partial(draw_score, length=length, rows=rows) for length in lengths]
+    panels += [partial(draw_ttft, length=length, rows=rows) for length in lengths if any(row["ttft"] for row in rows)]
     machine = result["about"]["machine"]
     title = (
         f"{result['settings']['name']}, vLLM {result['about']['package']}, {machine['gpu'] or machine['cpu']}, "
-        f"{rows[0]['samples']} samples of each task and length"
+        f"{rows[0]['samples']} samples of each task and length, {len({row['task'] for row in rows})} tasks"
     )
     draw(panels, title, path)
 
 
-def by_length(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each length, in the order of top_p."""
-    ordered = sorted(rows, key=lambda row: (row["length"], row["top_p"]))
-    return {size_label(length): list(group) for length, group in groupby(ordered, key=lambda row: row["length"])}
+def by_method(length: int, rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Of each method the line of all tasks for each of its settings, in the order of what they compute."""
+    lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["length"] == length:
+            lines.setdefault((row["method"], row["setting"]), []).append(row)
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for (method, _), found in lines.items():
+        methods.setdefault(method or "pruned", []).append(pooled(found))
+    return {method: sorted(found, key=lambda row: row["computed"]) for method, found in methods.items()}
 
 
-def draw_accuracy(axis: Any, task: str, rows: Sequence[dict[str, Any]]) -> None:
-    groups = by_length([row for row in rows if row["task"] == task])
-    lines = {length: [spread([row["pruned"]]) for row in group] for length, group in groups.items()}
-    axis.set_title(f"{task} (dashed: dense)", fontsize=10)
-    axis.set_ylabel("mean score")
-    axis.set_ylim(-0.03, 1.03)
-    dense = {group[0]["dense"]: f"C{i}" for i, group in reversed(list(enumerate(groups.values())))}
-    for score, color in dense.items():  # one line where lengths coincide
-        axis.axhline(score, color=color, linestyle="--", linewidth=1, alpha=0.6)
-    draw_top_p(axis, [row["top_p"] for row in next(iter(groups.values()))], lines)
+def draw_score(axis: Any, length: int, rows: Sequence[dict[str, Any]]) -> None:
+    methods = by_method(length, rows)
+    axis.plot([1], [next(iter(methods.values()))[0]["dense"]], "s", color="black", label="dense")
+    for i, (method, found) in enumerate(methods.items()):
+        axis.plot(
+            [row["computed"] for row in found], [row["pruned"] for row in found], "o-", color=f"C{i}", label=method
+        )
+    axis.set_ylim(bottom=0)
+    draw_computed(axis, f"{size_label(length)}: mean score")
 
 
-def draw_ttft(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
-    settings = sorted({row["top_p"] for row in rows})
-    lines = {
-        length: [of_gain(pooled([row for row in group if row["top_p"] == top_p])["ttft"]) for top_p in settings]
-        for length, group in by_length(rows).items()
-        if all(row["ttft"] for row in group)
-    }
+def draw_ttft(axis: Any, length: int, rows: Sequence[dict[str, Any]]) -> None:
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_title("Time to first token, dense over pruned", fontsize=10)
-    axis.set_ylabel("times faster (bars: range)")
-    draw_top_p(axis, settings, lines)
+    for i, (method, found) in enumerate(by_method(length, rows).items()):
+        timed = [row for row in found if row["ttft"]]
+        draw_range(
+            axis, [row["computed"] for row in timed], [of_gain(row["ttft"]) for row in timed], method, color=f"C{i}"
+        )
+    draw_computed(axis, f"{size_label(length)}: time to first token, dense over pruned")
 
 
-def draw_top_p(axis: Any, settings: Sequence[float], lines: dict[str, Any]) -> None:
-    axis.set_xlabel("top_p")
+def draw_computed(axis: Any, title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlim(0, 1.05)
+    axis.set_xlabel("share of the tokens that the average layer computed")
     axis.grid(alpha=0.3)
-    draw_lines(axis, settings, lines, title="length")
+    axis.legend(fontsize=8)

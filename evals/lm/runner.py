@@ -21,13 +21,24 @@ UNKNOWN_SHARE = 0.5  # of a prompt's tokens; with more the model cannot read it
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to prefill: its name, and the request's arguments."""
+    """One way to prefill.
+
+    name: of the way; what it shares with others of the same config is its `method`.
+    xargs: the request's arguments.
+    config: of the engine that is asked; of no consequence for dense ones.
+    """
 
     name: str
+    method: str
     xargs: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    def key(self) -> dict[str, Any]:
+        """Of its answers' records."""
+        return {"xargs": dict(self.xargs), "config": dict(self.config)}
 
 
-DENSE = Variant("dense", {"uniprefill": 0})
+DENSE = Variant("dense", "", {"uniprefill": 0}, {})
 
 
 class RecordedLM(LM):
@@ -62,7 +73,7 @@ class RecordedLM(LM):
 
     def _key(self, instance: Instance) -> dict[str, Any]:
         prompt, generation = instance.args
-        return {"prompt": prompt, "generation": generation, "xargs": dict(self.variant.xargs)}
+        return {"prompt": prompt, "generation": generation, **self.variant.key()}
 
     def _check(self, instance: Instance) -> None:
         """The harness would cut off the start of a long prompt and go on, and score 0 where no word is known.
@@ -130,7 +141,7 @@ class Run:
         times = self._times(what, [instance.args[0] for instance in task.instances])
         return [
             make_row(
-                {"task": name, "length": length, "setting": variant.name},
+                {"task": name, "length": length, "setting": variant.name, "method": variant.method},
                 scores[DENSE.name],
                 scores[variant.name],
                 reports[variant.name],
@@ -162,7 +173,7 @@ class Run:
         measured: list[dict[str, float]] = []
         warm = False
         for i, prompt in enumerate(prompts[: self.ttft_samples]):
-            key = {"ttft": prompt, "variants": [[v.name, dict(v.xargs)] for v in order]}
+            key = {"ttft": prompt, "variants": [[v.name, v.key()] for v in order]}
             seconds = self.records.get(key)
             if seconds is None:
                 ids = self.backend.encode(prompt)

@@ -26,7 +26,7 @@ import vllm  # noqa: E402  before torch: on a CPU it chooses Triton's interprete
 from lm_eval import tasks as harness_tasks  # noqa: E402
 
 from evals.lm import arithmetic, report  # noqa: E402
-from evals.lm.__main__ import NEEDLE_MODEL, lengths_argument, main, server_options  # noqa: E402
+from evals.lm.__main__ import NEEDLE_MODEL, chosen_variants, lengths_argument, main, make_parser, server_options  # noqa: E402
 from evals.lm.records import open_records  # noqa: E402
 from evals.lm.tasks import Tasks, leaves  # noqa: E402
 from evals.needle.prompts import is_correct, make_prompt  # noqa: E402
@@ -95,7 +95,7 @@ def test_the_method_follows_the_scores() -> None:
 
 
 def pruned_report(tokens: int, *alive: int) -> dict[str, Any]:
-    segments = [{"tokens_in": n} for n in (tokens, *alive)]
+    segments = [{"layers": [2 * i, 2 * i + 1], "tokens_in": n} for i, n in enumerate((tokens, *alive))]
     return {"outcome": "pruned", "reason": None, "prompt_tokens": tokens, "segments": segments}
 
 
@@ -103,13 +103,13 @@ DENSE_REPORT = {
     "outcome": "dense",
     "reason": "short_prompt",
     "prompt_tokens": 100,
-    "segments": [{"tokens_in": 100}] * 3,
+    "segments": [{"layers": [0, 5], "tokens_in": 100}],
 }
 
 
 def example_row(**place: Any) -> dict[str, Any]:
     return arithmetic.make_row(
-        {"task": "a", "length": 4096, "setting": "top_p 0.9", **place},
+        {"task": "a", "length": 4096, "setting": "top_p 0.9", "method": "", **place},
         dense=[1, 1, 1, 0],
         pruned=[1, 0, 0, 1],
         reports=[pruned_report(1000, 400, 100), pruned_report(1000, 200, 100), DENSE_REPORT, DENSE_REPORT],
@@ -123,20 +123,21 @@ def test_a_row_is_what_its_samples_say() -> None:
     assert (row["better_pruned"], row["worse_pruned"]) == (1, 2)
     assert row["interval"] == pytest.approx(arithmetic.score_interval(1, 2, 4))
     assert row["kept"] == pytest.approx([0.3, 0.1]), "of the pruned prompts only"
+    assert row["computed"] == pytest.approx((0.5 + 1.3 / 3 + 1 + 1) / 4), "of all prompts"
     assert row["not_pruned"] == {"short_prompt": 2}
     assert row["ttft"]["ratio"] == 3.0
     assert (row["ttft"]["paired"]["min"], row["ttft"]["paired"]["max"]) == (2.0, 3.0)
 
 
 def test_rows_are_pooled_by_sample() -> None:
-    other = arithmetic.make_row(
-        {"task": "b", "length": 4096, "setting": "top_p 0.9"}, [1] * 8, [1] * 8, [pruned_report(1000, 900, 600)] * 8, []
-    )
+    place = {"task": "b", "length": 4096, "setting": "top_p 0.9", "method": ""}
+    other = arithmetic.make_row(place, [1] * 8, [1] * 8, [pruned_report(1000, 900, 600)] * 8, [])
     row = arithmetic.pooled([example_row(), other])
     assert (row["task"], row["samples"]) == ("all", 12)
     assert (row["dense"], row["pruned"]) == (pytest.approx(11 / 12), pytest.approx(10 / 12))
     assert row["interval"] == pytest.approx(arithmetic.score_interval(1, 2, 12))
     assert row["kept"] == pytest.approx([(2 * 0.3 + 8 * 0.9) / 10, (2 * 0.1 + 8 * 0.6) / 10])
+    assert row["computed"] == pytest.approx((0.5 + 1.3 / 3 + 1 + 1 + 8 * 2.5 / 3) / 12)
     assert row["not_pruned"] == {"short_prompt": 2}
     assert row["ttft"]["ratio"] == 3.0
 
@@ -145,7 +146,7 @@ def test_the_table_shows_the_row() -> None:
     low, high = (100 * x for x in arithmetic.score_interval(1, 2, 4))
     expected = (
         f"| a | 4,096 | top_p 0.9 | 4 | 75.0% | 50.0% | -25.0 [{low:+.1f}, {high:+.1f}] | 1, 2 | 30.0%, 10.0% "
-        "| 3.00x [2.00–3.00] |"
+        "| 0.73 | 3.00x [2.00–3.00] |"
     )
     lines = report.result_table([example_row(), example_row(task="b"), example_row(length=8192)]).splitlines()
     assert lines[2] == expected
@@ -190,6 +191,34 @@ def test_generating_tasks_and_groups_are_found() -> None:
     with pytest.raises(ForkError, match="No task is called gms8k"):
         list(leaves(index, "gms8k"))
     assert len(Tasks(["local_ruler", "local_vt", "needle"], {}).names) == 17
+
+
+def test_each_config_says_how_its_prompts_are_pruned() -> None:
+    """A profile's own amounts are not overridden, unless --top-p asks for that too."""
+
+    def variants(*arguments: str) -> list[tuple[str, str, Any]]:
+        found = chosen_variants(make_parser().parse_args(arguments))
+        assert all(variant.xargs["uniprefill"] == 1 for variant in found)
+        return [(variant.name, variant.method, variant.xargs.get("uniprefill_top_p")) for variant in found]
+
+    heads = '{"selection_layers": [{"layer": 3, "heads": [1], "top_p": 0.8}]}'
+    assert variants() == [("top_p 0.99", "", 0.99)]
+    assert variants("--uniprefill-config", '{"top_p": 0.9, "selection_layers": [3]}') == [("top_p 0.9", "", 0.9)]
+    assert variants("--uniprefill-config", '{"profile": "a.json"}') == [("own settings", "", None)]
+    assert variants("--method", "published={}", "--method", f"heads={heads}", "--top-p", ".5,.9") == [
+        ("published, top_p 0.5", "published", 0.5),
+        ("published, top_p 0.9", "published", 0.9),
+        ("heads", "heads", None),
+        ("heads, top_p 0.5", "heads", 0.5),
+        ("heads, top_p 0.9", "heads", 0.9),
+    ]
+    for wrong in (
+        ["--method", "a={}", "--uniprefill-config", "{}"],
+        ["--method", "a={}", "--base-url", "http://127.0.0.1:1"],
+        ["--uniprefill-config", '{"keep_ratio": 0.5}', "--top-p", ".9"],
+    ):
+        with pytest.raises(ForkError):
+            variants(*wrong)
 
 
 def test_a_run_refuses_before_it_starts_anything(monkeypatch, tmp_path) -> None:
@@ -290,7 +319,7 @@ class Handler(BaseHTTPRequestHandler):
             "outcome": "pruned" if pruned else "dense",
             "reason": None if pruned else "disabled",
             "prompt_tokens": n,
-            "segments": [{"tokens_in": k, "tokens_out": k} for k in alive],
+            "segments": [{"layers": [i, i], "tokens_in": k, "tokens_out": k} for i, k in enumerate(alive)],
         }
         text = "wrong" if pruned and i % 2 else f"{answer} ."
         answered = {"choices": [{"index": 0, "text": text, "finish_reason": "length", "uniprefill": said}]}
@@ -419,7 +448,7 @@ def test_the_needle_model_is_evaluated_also_after_a_kill(tmp_path: Path) -> None
         assert row["ttft"]["ratio"] > 0 and row["not_pruned"] == {}
     assert (tmp_path / "lm-needle-cpu-curve.png").read_bytes().startswith(b"\x89PNG")
     assert (
-        "![accuracy and TTFT against top_p](lm-needle-cpu-curve.png)"
+        "![accuracy and TTFT against what is computed](lm-needle-cpu-curve.png)"
         in (tmp_path / "lm-needle-cpu-curve.md").read_text()
     )
 
