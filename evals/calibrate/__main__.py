@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="vllm",
         help="what answers dense and pruned at the end; transformers for models that the engine does not prune",
     )
+    add("--engine-args", type=json_argument, default={}, metavar="JSON", help="more arguments of LLM(...)")
     add("--timed", type=int, default=3, help="prompts of each length that vLLM is timed with (default: %(default)s)")
     add("--records", type=Path, default=FOLDER, metavar="FOLDER", help="what is recorded (default: build/calibrate)")
     add_results_option(parser)
