@@ -193,9 +193,12 @@ def _by_block(weights: Tensor) -> Tensor:
 
 
 class WatchedModel:
-    """A checkpoint in transformers, one prompt at a time; `dtype` "auto" is the checkpoint's own."""
+    """A checkpoint in transformers, one prompt at a time.
 
-    def __init__(self, path: Path, dtype: torch.dtype | str = "auto") -> None:
+    On a CPU in float32, since many CPUs multiply bf16 many times slower; on a GPU in the checkpoint's own type.
+    """
+
+    def __init__(self, path: Path) -> None:
         self.config = text_config(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         if not self.tokenizer.is_fast:
@@ -205,6 +208,7 @@ class WatchedModel:
         AttentionInterface.register(NAME, lambda *args, **kwargs: self._watch.attend(*args, **kwargs))
         AttentionMaskInterface.register(NAME, sdpa_mask)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = "auto" if self.device == "cuda" else torch.float32
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=NAME)
         self.model = model.to(self.device).eval()
 

@@ -103,7 +103,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_masses_are_the_softmax_of_the_last_queries(tiny: Path) -> None:
     ids = torch.randint(0, 64, (300,)).tolist()
-    watched = model.WatchedModel(tiny, torch.float32)
+    watched = model.WatchedModel(tiny)
     watch = model.Watch(layers=watched.layers, with_hops=True)
     watched.answer(ids, 2, watch)
     plain = LlamaForCausalLM.from_pretrained(tiny, attn_implementation="eager")
@@ -123,7 +123,7 @@ def test_masses_are_the_softmax_of_the_last_queries(tiny: Path) -> None:
 def test_drops_are_those_of_the_oracle(amount: dict[str, float]) -> None:
     ids = needle.encode(needle.make_prompt("multikey", 1100, 5).text)
     expected = Oracle(NEEDLE).run(ids, 3, selection_layers=[2, 4], top_p_over="middle", **amount)
-    watched = model.WatchedModel(NEEDLE, torch.float32)
+    watched = model.WatchedModel(NEEDLE)
     watch = model.Watch(cuts={layer: {"num_queries": 128, **amount} for layer in (2, 4)})
     text = watched.answer(ids, 4, watch)
     assert watch.kept == [len(kept) for kept in expected.kept]
@@ -188,7 +188,7 @@ def test_too_few_answers_are_refused() -> None:
 
 
 def test_recording_goes_on_where_it_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched = model.WatchedModel(tiny, torch.float32)
+    watched = model.WatchedModel(tiny)
     made = [
         prompts.Prompt("choose", "made", 300, i, tuple(range(3, 63)) * 5, ((150, 151),), (), ("x",), 1) for i in (0, 1)
     ]

@@ -22,7 +22,7 @@ import torch
 from guards import GuardedAllocations, Guards
 from vllm.v1.uniprefill.selection import SelectionSpec, mass_triton, select_blocks
 from vllm.v1.uniprefill.selection.mass_triton import block_mass_triton
-from vllm.v1.worker.gpu.uniprefill.state import SegmentState
+from vllm.v1.worker.gpu.uniprefill.state import GroupSegments, SegmentState
 
 SEED = int(os.environ.get("KERNEL_SEED", "1"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,26 +197,36 @@ def check_state(new: list[int], segments: int, seed: int, longest: int, device: 
     dropped[0] = 0
     seq_lens = torch.tensor(new, dtype=torch.int32) + longest // 2 + draw(0, longest // 2, len(new)).int()
     most_blocks = -(-int(seq_lens.max()) // block_size)
-    block_table = torch.randperm(len(new) * most_blocks, generator=generator).view(len(new), most_blocks).int()
+    block_table = torch.randperm(max_reqs * most_blocks, generator=generator).view(max_reqs, most_blocks).int()
     starts = torch.tensor([0, *itertools.accumulate(new)], dtype=torch.int32)
     slots = draw(0, 1 << 20, rows + padding)
     slots[rows:] = PAD
     slots[draw(0, rows, max(1, rows // 50))] = PAD
     guards = Guards(device)
     request_slots = torch.randperm(max_reqs, generator=generator)[: len(new)]
-    inputs = [request_slots, starts, torch.nn.functional.pad(seq_lens, (0, 2)), block_table, slots]
+    inputs = [request_slots, starts, torch.nn.functional.pad(seq_lens, (0, 2)), slots]
     given = [guards.holding(tensor.to(device)) for tensor in inputs]
-    states = []
-    for method in ("update_triton", "update_reference"):
-        state = SegmentState(segments, max_reqs, rows + padding, block_size, torch.device(device))
+    table = guards.holding(block_table.to(device))
+    middle = max(1, segments // 2)  # the second group returns the blocks of what its first segment dropped
+    groups = [
+        GroupSegments(0, block_size, tuple(range(middle)), table, 0),
+        GroupSegments(1, block_size, tuple(range(middle, segments)), table, middle),
+    ]
+    found = []
+    for way in ("triton", "reference"):
+        state = SegmentState(segments, max_reqs, rows + padding, groups, torch.device(device))
         state.dropped.copy_(dropped)
         state.seq_lens = guards.holding(state.seq_lens)
         state.slot_mappings = guards.holding(state.slot_mappings)
-        getattr(state, method)(range(1, segments), *given)
-        states.append(state)
-    ours, theirs = states
-    assert torch.equal(ours.seq_lens, theirs.seq_lens)
-    assert torch.equal(ours.slot_mappings, theirs.slot_mappings)
+        shifted = guards.holding(torch.zeros_like(table))
+        for group in groups:
+            start, end = group.rows(range(1, segments))
+            if start < end:
+                getattr(state, f"update_{way}")(group, start, end, *given)
+        getattr(state, f"shift_{way}")(groups[1], given[0], shifted)
+        found.append((state.seq_lens, state.slot_mappings, shifted))
+    ours, theirs = found
+    assert all(map(torch.equal, ours, theirs))
     assert guards.broken() == 0, "a buffer was written beside"
 
 

@@ -82,25 +82,36 @@ def make_request() -> Callable[..., Request]:
 
 @pytest.fixture(scope="session")
 def make_scheduler(configure: Callable[..., VllmConfig]) -> Callable[..., Scheduler]:
-    """Makes the engine's scheduler, or that class, with one KV cache group of so many blocks."""
+    """Makes the engine's scheduler, or that class, with so many blocks.
+
+    `segments`: of the layers of each KV cache group; later ones than 0 return blocks.
+    """
     import torch
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupRole, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
     def make(
-        uniprefill: dict[str, Any] | None, num_blocks: int = 1000, *, cls: type | None = None, **arguments: Any
+        uniprefill: dict[str, Any] | None,
+        num_blocks: int = 1000,
+        *,
+        cls: type | None = None,
+        segments: tuple[int, ...] = (0,),
+        **arguments: Any,
     ) -> Scheduler:
         settings = {"block_size": KV_BLOCK, "enable_prefix_caching": True, "async_scheduling": False}
         config = configure(uniprefill, **(settings | arguments))
         config.cache_config.num_gpu_blocks = num_blocks
         register_all_kvcache_specs(config)
         spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        roles = [KVCacheGroupRole.UNIPREFILL if segment else KVCacheGroupRole.DEFAULT for segment in segments]
+        groups = [
+            KVCacheGroupSpec([f"layer{i}"], spec, role=role, segment=segment)
+            for i, (role, segment) in enumerate(zip(roles, segments, strict=True))
+        ]
         return (cls or config.scheduler_config.get_scheduler_cls())(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-            ),
+            kv_cache_config=KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             block_size=KV_BLOCK,
             log_stats=True,
             structured_output_manager=StructuredOutputManager(config),

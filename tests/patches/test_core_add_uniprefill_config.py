@@ -128,7 +128,7 @@ def test_shares_up_to_one_are_taken(share: float) -> None:
             {"top_q": 0.9},
             "'top_q' is no setting; use one of selection_layers, top_p, keep_ratio, top_p_over, block_size, "
             "num_queries, sink_tokens, recent_tokens, hops, hop_blocks, min_prompt_tokens, pool_tokens, "
-            "pool_device, profile, calibrated_for, enabled.",
+            "pool_device, free_kv, profile, calibrated_for, enabled.",
         ),
     ],
     ids=str,

@@ -26,6 +26,7 @@ POOL = 900
 LIMITS = {"max_num_batched_tokens": BUDGET, "max_num_seqs": MAX_SEQS}
 UNIPREFILL = {"top_p": 0.9, "selection_layers": [1, 4], "min_prompt_tokens": 64, "pool_tokens": POOL}
 DENSE = {"uniprefill": 0}
+KV_BLOCK = 16
 KEPT = [600, 300, 100]  # of a prompt of 600
 
 
@@ -343,14 +344,22 @@ class Held:
     num_tokens: int
     pruned: bool
     computed: int
-    ready: bool = False
+    tables: tuple[list[int], ...]
+    kept: list[int] | None = None
+
+    @property
+    def ready(self) -> bool:
+        return self.kept is not None
 
 
 class SimulatedWorker:
-    """Keeps counters as the model runner does, and runs the lane's rows as they are granted."""
+    """Keeps counters and block tables as the model runner does, and runs the lane's rows as they are granted.
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+    `segments`: of each KV cache group.
+    """
+
+    def __init__(self, rng: random.Random, segments: tuple[int, ...]) -> None:
+        self.rng, self.segments = rng, segments
         self.held: dict[str, Held] = {}
         self.lane: tuple[str, list[int], int] | None = None  # prompt, counts and rows left
 
@@ -366,17 +375,22 @@ class SimulatedWorker:
             self.remove(new.req_id)
             num_prompt, num_tokens = len(new.prompt_token_ids), len(new.prefill_token_ids)
             pruned = new.prefill_decision.pruned
-            self.held[new.req_id] = Held(num_prompt, num_tokens, pruned, new.num_computed_tokens)
+            tables = tuple(list(blocks) for blocks in new.block_ids)
+            self.held[new.req_id] = Held(num_prompt, num_tokens, pruned, new.num_computed_tokens, tables)
         cached = step.scheduled_cached_reqs
-        for req_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        for req_id, computed, blocks in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+        ):
             assert computed == self.held[req_id].computed, "the counters agree"
+            for table, more in zip(self.held[req_id].tables, blocks or (), strict=bool(blocks)):
+                table.extend(more)
         plan = step.uniprefill or StepPlan()
         kept, sampled = {}, []
         for req_id, num_tokens in step.num_scheduled_tokens.items():
             held = self.held[req_id]
             if req_id in plan.whole:
                 assert held.computed == 0 and num_tokens >= held.num_prompt
-                held.ready, kept[req_id] = True, [held.num_prompt] * 3
+                kept[req_id] = self.choose(held)
             held.computed += num_tokens
             sampled.append([7] if held.computed >= held.num_tokens else [])
             if plan.lane and plan.lane.req_id == req_id:
@@ -385,26 +399,40 @@ class SimulatedWorker:
                     held.computed -= 1
                     sampled[-1] = []
                 assert not sampled[-1] and held.computed < held.num_prompt
-            assert held.ready or not held.pruned or not sampled[-1], "nothing is sampled before ready"
+            assert held.ready or req_id in kept or not held.pruned or not sampled[-1], "nothing is sampled before ready"
             held.num_tokens += len(sampled[-1])
+        live = [block for req_id in step.num_scheduled_tokens for block in self.live(self.held[req_id])]
+        assert 0 not in live, "every token that is read or written has a block"
+        assert len(set(live)) == len(live), "of its own"
+        for req_id, counts in kept.items():
+            self.held[req_id].kept = counts
         ids = list(step.num_scheduled_tokens)
         return ModelRunnerOutput(
             ids, {req_id: i for i, req_id in enumerate(ids)}, sampled_token_ids=sampled, uniprefill_kept=kept
         )
 
+    def choose(self, held: Held) -> list[int]:
+        second = self.rng.randint(1, held.num_prompt)
+        return [held.num_prompt, second, self.rng.randint(1, second)]
+
+    def live(self, held: Held) -> list[int]:
+        """The blocks that hold its tokens, or are about to."""
+        counts = held.kept or [held.num_prompt] * 3
+        num_blocks = -(-max(held.computed, held.num_prompt * bool(held.kept)) // KV_BLOCK)
+        first = [(counts[0] - counts[segment]) // KV_BLOCK for segment in self.segments]
+        return [block for table, start in zip(held.tables, first, strict=True) for block in table[start:num_blocks]]
+
     def advance(self, grant: LaneGrant, held: Held, others: int) -> dict[str, list[int]]:
         assert 0 <= grant.rows <= BUDGET - others
         if self.lane is None or self.lane[0] != grant.req_id:
-            second = self.rng.randint(1, held.num_prompt)
-            counts = [held.num_prompt, second, self.rng.randint(1, second)]
+            counts = self.choose(held)
             self.lane = (grant.req_id, counts, sum(counts[1:]))
         assert grant.takes_back == (held.computed == held.num_prompt)
         req_id, counts, left = self.lane
         if not grant.takes_back or left <= 0:
             return {}
         self.lane = (req_id, counts, left - grant.rows)
-        held.ready = left <= grant.rows
-        return {req_id: counts} if held.ready else {}
+        return {req_id: counts} if left <= grant.rows else {}
 
 
 @pytest.mark.parametrize(
@@ -414,12 +442,17 @@ class SimulatedWorker:
 )
 @pytest.mark.parametrize("seed", range(25))
 def test_random_traffic_is_served_with_equal_counters(make_scheduler, make_request, cls, depth: int, seed: int) -> None:
-    """Dense, short and long pruned prompts; aborts, resets and, in a small KV cache, preemptions."""
+    """Dense, short and long pruned prompts; aborts, resets and, in a small KV cache, preemptions.
+
+    With one KV cache group, and with several of which three return blocks.
+    """
     rng = random.Random(seed)
-    num_blocks = rng.choice([70, 90, 400])
+    segments = ((0,), (0, 1, 1, 2))[seed % 2]
+    num_blocks = 1 + rng.choice([70, 90, 400]) * len(segments)
     threshold = {"long_prefill_token_threshold": 100} if rng.random() < 0.25 else {}
-    scheduler = make_scheduler(UNIPREFILL, num_blocks, cls=cls, async_scheduling=depth > 1, **LIMITS, **threshold)
-    worker = SimulatedWorker(rng)
+    arguments = LIMITS | threshold | {"segments": segments, "async_scheduling": depth > 1}
+    scheduler = make_scheduler(UNIPREFILL, num_blocks, cls=cls, **arguments)
+    worker = SimulatedWorker(rng, segments)
     requests: list[Request] = []
     in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
     for number in range(3000):

@@ -13,7 +13,7 @@ import pytest
 import vllm  # noqa: F401  before torch
 from vllm.config import UniPrefillConfig
 from vllm.v1.uniprefill import policy
-from vllm.v1.uniprefill.ledger import EndedPrefill
+from vllm.v1.uniprefill.ledger import EndedPrefill, KVBlocks
 from vllm.v1.uniprefill.plan import SegmentPlan
 from vllm.v1.uniprefill.report import prefill_report
 from vllm.v1.uniprefill.stats import UniPrefillProm
@@ -60,11 +60,14 @@ def test_every_field_of_the_report(page) -> None:
     """In the example, which is JSON, and in the table."""
     example = re.search(r'```json\n"choices": (.*?)```', page, re.DOTALL)[1]
     shown = json.loads(example)[0]["uniprefill"]
-    ended = EndedPrefill(dense_reason=None, alive=[16000, 384], time_to_first_token=1.0, steps=10, lane_wait=0.0)
+    blocks = [KVBlocks(2, 1000, 0), KVBlocks(2, 24, 976)]
+    ended = EndedPrefill(
+        dense_reason=None, alive=[16000, 384], kv_blocks=blocks, time_to_first_token=1.0, steps=10, lane_wait=0.0
+    )
     config = UniPrefillConfig(selection_layers=[1])
     report = prefill_report(ended, policy.Decision(16000, None), config, SegmentPlan(4, (1,)).segments)
     assert shown.keys() == report.keys()
-    assert shown["segments"] == report["segments"]
+    assert shown["segments"] == report["segments"] and shown["kv_blocks"] == report["kv_blocks"]
     described = [name for cell, _ in rows(page, "report") for name in code(cell)]
     assert sorted(described) == sorted(report)
 

@@ -9,7 +9,7 @@ import prometheus_client
 import pytest
 import vllm  # noqa: F401  before torch
 from vllm.config import UniPrefillConfig
-from vllm.v1.uniprefill.ledger import EndedPrefill
+from vllm.v1.uniprefill.ledger import EndedPrefill, KVBlocks
 from vllm.v1.uniprefill.plan import SegmentPlan
 from vllm.v1.uniprefill.stats import UniPrefillLogging, UniPrefillProm, UniPrefillStats, computed_share
 
@@ -20,9 +20,11 @@ CONFIG = SimpleNamespace(
     observability_config=SimpleNamespace(custom_histogram_buckets=None),
 )
 
+KV_BLOCKS = [KVBlocks(2, 63, 0), KVBlocks(6, 20, 43)]
+
 
 def ended(reason: str | None, alive: list[int], seconds: float) -> EndedPrefill:
-    return EndedPrefill(reason, alive, seconds, steps=1, lane_wait=0.0)
+    return EndedPrefill(reason, alive, [] if reason else KV_BLOCKS, seconds, steps=1, lane_wait=0.0)
 
 
 STATS = UniPrefillStats(
@@ -75,6 +77,10 @@ def test_prometheus_counts(registry) -> None:
     assert value("entered_tokens_total", segment="1") == 700
     assert value("entered_tokens_total", segment="2") == 300
     assert value("entered_tokens_total", segment="0") is None
+    assert value("kv_blocks_total", group="0", state="held") == 2 * 63
+    assert value("kv_blocks_total", group="0", state="returned") == 0
+    assert value("kv_blocks_total", group="1", state="returned") == 2 * 43
+    assert value("kv_blocks_total", "0", group="1", state="held") == 20
     assert value("computed_share_count") == 2
     assert value("computed_share_sum") == pytest.approx(0.525 + (2 * 2000 + 6 * 200) / (8 * 2000))
     assert value("computed_share_bucket", le="0.4") == 1

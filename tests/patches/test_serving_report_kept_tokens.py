@@ -177,6 +177,7 @@ def test_the_report_comes_with_the_first_output_of_who_asked(make_scheduler, mak
             {"layers": [2, 4], "tokens_in": 70, "tokens_out": 50, "scored_by": some_heads},
             {"layers": [5, 7], "tokens_in": 50, "tokens_out": 50},
         ],
+        "kv_blocks": [{"layers": 1, "held": 7, "returned": 0}],
     }
     encoded = MsgpackEncoder().encode(outputs[asks.request_id])
     assert MsgpackDecoder(EngineCoreOutput).decode(encoded).uniprefill == report

@@ -56,12 +56,11 @@ def test_each_row_has_the_adapter_of_its_request() -> None:
 def test_a_segment_activates_before_its_metadata_are_built() -> None:
     """With the batch that enters it, guests too; not at all without LoRA."""
     order: list[object] = []
-    rows = SimpleNamespace(batch=make_batch([1, 2], [0, 1]), block_tables=(), slot_mapping=None, num_rows=3)
+    rows = SimpleNamespace(batch=make_batch([1, 2], [0, 1]), slot_mapping=None, num_rows=3)
     cls = with_segments(DefaultModelState)
     state = cls.__new__(cls)
     state.step, state.layer_names = None, [[], []]
-    state.segment_state = SimpleNamespace(slot_mappings=np.zeros((2, 3), dtype=np.int64))
-    state.metadata = SimpleNamespace(build=lambda *_: order.append("metadata") or {})
+    state.metadata = SimpleNamespace(build=lambda *_, persistent: order.append("metadata") or {})
     state._enter_segment(1, rows)
     assert order == ["metadata"]
     state.activate_loras = order.append

@@ -6,6 +6,7 @@ Without a GPU the Triton kernel runs in Triton's interpreter, beside its torch r
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -34,22 +35,36 @@ from vllm.v1.worker.gpu.uniprefill.model_state import SegmentedModelState, with_
 from vllm.v1.worker.gpu.uniprefill.rows import Guest, PromptRows, SegmentRows
 from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
 from vllm.v1.worker.gpu.uniprefill.stages import find_bounded_model
-from vllm.v1.worker.gpu.uniprefill.state import SegmentState
+from vllm.v1.worker.gpu.uniprefill.state import GroupSegments, SegmentState
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_REQS, MAX_TOKENS, KV_BLOCK = 6, 3000, 16
-IMPLEMENTATIONS = [
-    SegmentState.update,
-    SegmentState.update_triton,
-    SegmentState.update_reference,
-]
+BLOCKS = 20  # a request
+TABLE = torch.arange(MAX_REQS * BLOCKS, dtype=torch.int32).view(MAX_REQS, BLOCKS).to(DEVICE)
+
+
+def each_group(method: str) -> Any:
+    """`SegmentState.update` by the kernel, or by plain torch."""
+
+    def update(state: SegmentState, segments: range, *batch: Any) -> None:
+        for group in state.groups:
+            start, end = group.rows(segments)
+            if start < end:
+                getattr(state, method)(group, start, end, *batch)
+
+    return update
+
+
+IMPLEMENTATIONS = [SegmentState.update, each_group("update_triton"), each_group("update_reference")]
 
 
 # --- the state -------------------------------------------------------------------------
 
 
-def make_state(num_segments: int = 3) -> SegmentState:
-    return SegmentState(num_segments, MAX_REQS, MAX_TOKENS, KV_BLOCK, DEVICE)
+def make_state(num_segments: int = 3, groups: Sequence[GroupSegments] | None = None) -> SegmentState:
+    """By default of one KV cache group, which returns nothing."""
+    one = GroupSegments(0, KV_BLOCK, tuple(range(num_segments)), TABLE, 0)
+    return SegmentState(num_segments, MAX_REQS, MAX_TOKENS, groups or [one], DEVICE)
 
 
 def check_mirror(state: SegmentState) -> None:
@@ -84,11 +99,11 @@ def test_a_drop_in_the_last_segment_counts() -> None:
 
 def naive_inputs(
     state: SegmentState,
+    group: GroupSegments,
     segment: int,
     req_indices: list[int],
     starts: list[int],
     seq_lens: list[int],
-    block_table: np.ndarray,
     slot_mapping: list[int],
 ) -> tuple[list[int], list[int]]:
     """The segment's sequence lengths and slots, token by token."""
@@ -96,23 +111,34 @@ def naive_inputs(
     slots = [PAD_SLOT_ID] * len(slot_mapping)
     for i, req in enumerate(req_indices):
         dropped = int(state.dropped_np[segment, req])
+        returned = int(state.dropped_np[group.base, req]) // group.block_size * group.block_size
         lengths[i] = seq_lens[i] - dropped
         num_rows = starts[i + 1] - starts[i]
         for row in range(num_rows):
             if slot_mapping[starts[i] + row] == PAD_SLOT_ID:
                 continue
-            position = seq_lens[i] - num_rows + row
-            place = position - dropped
-            slots[starts[i] + row] = block_table[i, place // KV_BLOCK] * KV_BLOCK + place % KV_BLOCK
+            place = seq_lens[i] - num_rows + row - dropped + returned
+            block = int(group.block_table[req, place // group.block_size])
+            slots[starts[i] + row] = block * group.block_size + place % group.block_size
     return lengths, slots
 
 
+def random_groups(rng: np.random.Generator) -> list[GroupSegments]:
+    """Segments 0 .. 3 in one to three groups, some of which share a segment."""
+    found, first_row = [], 0
+    for segments in ([(0, 1, 2, 3)], [(0, 1), (1, 2, 3)], [(0,), (1, 2), (3,)])[rng.integers(3)]:
+        table = torch.from_numpy(rng.integers(1, 1 << 26, size=(MAX_REQS, 128), dtype=np.int32)).to(DEVICE)
+        found.append(GroupSegments(len(found), int(rng.choice([16, 32])), segments, table, first_row))
+        first_row += len(segments)
+    return found
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(12))
 def test_inputs_of_random_batches_match_a_loop(implementation, seed: int) -> None:
     """Decodes, chunked prefills, rows of drafts, rows without a slot, and padding."""
     rng = np.random.default_rng(seed)
-    state = make_state(4)
+    state = make_state(4, random_groups(rng))
     num_reqs = int(rng.integers(1, MAX_REQS))
     req_indices = rng.permutation(MAX_REQS)[:num_reqs].tolist()
     # A token, four with drafts, a chunk, and one chunk beyond the kernel's tile.
@@ -129,7 +155,6 @@ def test_inputs_of_random_batches_match_a_loop(implementation, seed: int) -> Non
     starts = [0, *np.cumsum(rows).tolist()]
     num_padded_reqs = int(rng.integers(num_reqs, MAX_REQS + 1))
     num_padded = starts[-1] + int(rng.integers(0, 40))
-    block_table = rng.integers(1, 1 << 28, size=(num_padded_reqs, 128), dtype=np.int32)
     dense_slots = rng.integers(0, 1 << 40, size=num_padded)
     dense_slots[rng.random(num_padded) < 0.1] = PAD_SLOT_ID
     dense_lens = [*seq_lens, *rng.integers(1, 9, size=num_padded_reqs - num_reqs).tolist()]
@@ -142,35 +167,55 @@ def test_inputs_of_random_batches_match_a_loop(implementation, seed: int) -> Non
         torch.tensor(req_indices, device=DEVICE),
         torch.tensor(starts, dtype=torch.int32, device=DEVICE),
         torch.tensor(dense_lens, dtype=torch.int32, device=DEVICE),
-        torch.from_numpy(block_table).to(DEVICE),
         torch.from_numpy(dense_slots).to(DEVICE),
     )
 
-    for segment in range(1, 4):
-        table = block_table.astype(np.int64)
-        batch = (req_indices, starts, dense_lens, table, dense_slots.tolist())
-        lengths, slots = naive_inputs(state, segment, *batch)
-        lengths[num_reqs:] = [0] * (num_padded_reqs - num_reqs)
-        assert state.seq_lens[segment, :num_padded_reqs].tolist() == lengths
-        assert state.slot_mappings[segment, :num_padded].tolist() == slots
+    for group in state.groups:
+        for segment in group.segments:
+            if segment == 0:
+                assert (state.slots(group, segment) == -7).all()
+                continue
+            lengths, slots = naive_inputs(state, group, segment, req_indices, starts, dense_lens, dense_slots.tolist())
+            lengths[num_reqs:] = [0] * (num_padded_reqs - num_reqs)
+            assert state.seq_lens[segment, :num_padded_reqs].tolist() == lengths
+            assert state.slots(group, segment)[:num_padded].tolist() == slots
     assert (state.seq_lens[:, num_padded_reqs:] == -7).all()
     assert (state.slot_mappings[:, num_padded:] == -7).all()
-    assert (state.slot_mappings[0] == -7).all()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_update_fills_only_its_segments(implementation) -> None:
-    state = make_state(4)
+    table = torch.tensor([[3]], dtype=torch.int32, device=DEVICE)
+    state = make_state(4, [GroupSegments(0, KV_BLOCK, (0, 1, 2, 3), table, 0)])
     state.drop(1, [0], [5])
     state.seq_lens.fill_(-7)
-    args = [[0, 1], [9], [[3]], [77]]
-    starts, lens, table, slots = (torch.tensor(a, dtype=torch.int32, device=DEVICE) for a in args)
+    args = [[0, 1], [9], [77]]
+    starts, lens, slots = (torch.tensor(a, dtype=torch.int32, device=DEVICE) for a in args)
     index = torch.tensor([0], device=DEVICE)
-    implementation(state, range(2, 3), index, starts, lens, table, slots.long())
+    implementation(state, range(2, 3), index, starts, lens, slots.long())
     assert state.seq_lens[:, 0].tolist() == [-7, -7, 4, -7]
     untouched = PAD_SLOT_ID
     expected = [untouched, untouched, 3 * KV_BLOCK + 3, untouched]
     assert state.slot_mappings[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("shift", [SegmentState.shift, SegmentState.shift_triton, SegmentState.shift_reference])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_shifted_block_table_begins_behind_the_returned_blocks(shift, block_size: int) -> None:
+    """Also of more blocks than the kernel's tile; rows of padded requests stay."""
+    blocks = 1500
+    table = torch.randint(1, 1 << 30, (MAX_REQS, blocks), dtype=torch.int32, device=DEVICE)
+    group = GroupSegments(0, block_size, (1, 2), table, 0)
+    state = make_state(3, [group])
+    dropped = [0, 15, 16, 1000 * block_size - 1]
+    state.drop(1, [5, 2, 0, 4], dropped)
+    state.drop(2, [5, 2, 0, 4], [count + 640 for count in dropped])  # later segments share the first one's blocks
+    out = torch.full((6, blocks), -7, dtype=torch.int32, device=DEVICE)
+    shift(state, group, torch.tensor([5, 2, 0, 4], device=DEVICE), out)
+    for row, (slot, count) in enumerate(zip([5, 2, 0, 4], dropped, strict=True)):
+        first = count // block_size
+        assert torch.equal(out[row, : blocks - first], table[slot, first:])
+    assert (out[4:] == -7).all()
 
 
 # --- rows ------------------------------------------------------------------------------
@@ -210,9 +255,8 @@ def make_prompt(batch: InputBatch, batch_index: int, num_prompt: int, **budget: 
 
 
 def make_rows(batch: InputBatch, *prompts: PromptRows) -> SegmentRows:
-    table = torch.arange(len(batch.req_ids), dtype=torch.int32, device=DEVICE)[:, None]
     slots = 1000 + torch.arange(batch.num_tokens, device=DEVICE)
-    return SegmentRows(batch, (table,), slots, batch.positions, prompts)
+    return SegmentRows(batch, slots, batch.positions, prompts)
 
 
 def test_dropped_rows_leave_and_lengths_stay_dense() -> None:
@@ -240,8 +284,8 @@ def test_dropped_rows_leave_and_lengths_stay_dense() -> None:
 
 
 def describe(rows: SegmentRows) -> list[tuple]:
-    """Each request: its name, slot, block table, computed, length, whether it prefills, positions."""
-    batch, (table,) = rows.batch, rows.block_tables
+    """Each request: its name, slot, computed, length, whether it prefills, positions."""
+    batch = rows.batch
     assert batch.num_reqs == batch.num_reqs_after_padding == len(batch.req_ids)
     assert batch.num_tokens == batch.num_tokens_after_padding == rows.num_rows == len(batch.is_padding)
     assert batch.query_start_loc.tolist() == batch.query_start_loc_np[: batch.num_reqs + 1].tolist()
@@ -252,7 +296,6 @@ def describe(rows: SegmentRows) -> list[tuple]:
         (
             batch.req_ids[i],
             int(batch.idx_mapping[i]),
-            table[i].tolist(),
             int(batch.num_computed_tokens_np[i]),
             int(batch.seq_lens[i]),
             bool(batch.is_prefilling_np[i]),
@@ -276,9 +319,9 @@ def test_a_request_goes_out_and_comes_back_as_a_guest(place: int) -> None:
     guest = rows.guest(place)
     tokens = torch.tensor([2, 5, 7, 9], device=DEVICE)
     joined = others.joined_by(guest, tokens, tokens * 2, seq_len=20)
-    name, slot, table, *_ = before[place]
-    assert guest == Guest(name, slot, guest.block_tables)
-    assert describe(joined) == [*describe(others), (name, slot, table, 16, 20, True, [2, 5, 7, 9])]
+    name, slot, *_ = before[place]
+    assert guest == Guest(name, slot)
+    assert describe(joined) == [*describe(others), (name, slot, 16, 20, True, [2, 5, 7, 9])]
     assert joined.positions.tolist() == [*others.positions.tolist(), 4, 10, 14, 18]
     assert (joined.slot_mapping[-4:] != PAD_SLOT_ID).all() and describe(rows) == before
 
@@ -593,17 +636,55 @@ def stock(monkeypatch) -> None:
     """A stock side whose metadata are the batch, slots and block table that it is given."""
 
     def prepare_attn(self, batch, mode, tables, slots, groups, *args, **kwargs):
-        (group,) = groups[0]
-        return dict.fromkeys(group.layer_names, (batch, slots[0].tolist(), tables[0]))
+        metadata = {}
+        for i, of_cache in enumerate(groups):
+            for group in of_cache:
+                metadata |= dict.fromkeys(group.layer_names, (batch, slots[i].tolist(), tables[i]))
+        return metadata
 
     monkeypatch.setattr(DefaultModelState, "prepare_attn", prepare_attn)
 
 
+def attention_name(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn.attn"
+
+
+def initialize(
+    state: SegmentedModelState, division: Sequence[Sequence[int]], tables: Sequence[torch.Tensor], num_blocks: int = 1
+) -> None:
+    spec = SimpleNamespace(block_size=KV_BLOCK)
+    groups = [SimpleNamespace(layer_names=[*map(attention_name, layers)], kv_cache_spec=spec) for layers in division]
+    block_tables = SimpleNamespace(
+        block_sizes=[KV_BLOCK] * len(groups), block_tables=[SimpleNamespace(gpu=table) for table in tables]
+    )
+    state.initialize_kv_cache(SimpleNamespace(kv_cache_groups=groups, num_blocks=num_blocks), block_tables)
+
+
+WIDTH = 8  # blocks of a request in `prepare`
+
+
 def make_model_state(config: VllmConfig, toy: ToyModel) -> SegmentedModelState:
     state = with_segments(DefaultModelState)(config, toy, None, DEVICE)
-    cache = SimpleNamespace(kv_cache_groups=[object()])
-    state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK]))
+    table = torch.arange(MAX_REQS * WIDTH, dtype=torch.int32, device=DEVICE).view(MAX_REQS, WIDTH)
+    initialize(state, [range(LAYERS)], [table])
     return state
+
+
+def names_of(state: SegmentedModelState, segment: int) -> list[str]:
+    return [name for _, names in state.layer_names[segment] for name in names]
+
+
+def attention_groups(state: SegmentedModelState) -> list[list[Any]]:
+    """For each KV cache group one of each of its segments, as the model runner makes them."""
+    return [
+        [
+            SimpleNamespace(segment=segment, layer_names=names)
+            for segment in group.segments
+            for of, names in state.layer_names[segment]
+            if of is group
+        ]
+        for group in state.segment_state.groups
+    ]
 
 
 @pytest.fixture
@@ -617,12 +698,6 @@ def new_request(req_id: str, decision: Decision | None) -> Any:
 
 def decide(num_prompt: int, reason: str | None = None) -> Decision:
     return Decision(num_prompt, reason, 0.5, None, wants_report=False)
-
-
-def test_several_kv_cache_groups_are_refused(model_state) -> None:
-    cache = SimpleNamespace(kv_cache_groups=[object(), object()])
-    with pytest.raises(ValueError, match="several KV cache groups"):
-        model_state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK] * 2))
 
 
 def plan_of(whole: tuple[str, ...] = (), lane: LaneGrant | None = None) -> SchedulerOutput:
@@ -672,10 +747,9 @@ def test_layers_of_later_segments_have_slot_mappings_of_their_own(model_state) -
 
 
 def prepare(model_state: SegmentedModelState, batch: InputBatch, **kwargs: Any):
-    """prepare_attn, with blocks 0.. 7 for the batch's first request, and so on."""
-    names = model_state.layer_names
-    groups = [[SimpleNamespace(segment=i, layer_names=names[i]) for i in range(3)]]
-    table = torch.arange(MAX_REQS * 8, dtype=torch.int32, device=DEVICE).view(MAX_REQS, 8)
+    """prepare_attn, with blocks 0 .. 7 for the request in slot 0, and so on."""
+    groups = attention_groups(model_state)
+    table = model_state.segment_state.groups[0].block_table[batch.idx_mapping]
     slots = 5000 + torch.arange(batch.num_tokens, device=DEVICE)[None]
     mode = kwargs.pop("mode", CUDAGraphMode.NONE)
     return model_state.prepare_attn(batch, mode, (table,), slots, groups, None, **kwargs)
@@ -690,9 +764,10 @@ def test_a_decode_sees_each_segments_compact_sequence(model_state, for_capture) 
     metadata = prepare(model_state, batch, for_capture=for_capture)
     assert len(metadata) == LAYERS
     expected = {0: [61, 21], 1: [51, 21], 2: [36, 21]}
-    places = {1: [50, 8 * 16 + 20], 2: [35, 8 * 16 + 20]}  # blocks 0.. and 8..
+    start = 4 * WIDTH * KV_BLOCK  # of slot 4's blocks
+    places = {1: [start + 50, 20], 2: [start + 35, 20]}
     for segment, lengths in expected.items():
-        for name in model_state.layer_names[segment]:
+        for name in names_of(model_state, segment):
             seen, slots, _ = metadata[name]
             assert seen.seq_lens.tolist() == lengths
             assert seen.seq_lens_cpu_upper_bound.tolist() == lengths
@@ -734,9 +809,7 @@ def test_graph_steps_fill_the_persistent_buffers_even_so(model_state) -> None:
 @pytest.mark.parametrize(("num_blocks", "num_tokens"), [(1000, 1024), (5, 4 * KV_BLOCK), (1, 0)])
 def test_kernels_are_warmed_up_with_a_pruned_prompt_that_fits_the_cache(model_state, num_blocks, num_tokens) -> None:
     """Beside the null block; afterwards the request is gone."""
-    group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=KV_BLOCK))
-    cache = SimpleNamespace(kv_cache_groups=[group], num_blocks=num_blocks)
-    model_state.initialize_kv_cache(cache, SimpleNamespace(block_sizes=[KV_BLOCK]))
+    initialize(model_state, [range(4), range(4, LAYERS)], [TABLE, TABLE], 2 * (num_blocks - 1) + 1)
     steps = model_state.get_warmup_steps()
     assert len(steps) == (2 if num_tokens else 0)
     if not num_tokens:
@@ -745,7 +818,8 @@ def test_kernels_are_warmed_up_with_a_pruned_prompt_that_fits_the_cache(model_st
     (request,) = prune.scheduled_new_reqs
     assert prune.uniprefill == StepPlan(whole=frozenset({request.req_id})) and request.prefill_decision.pruned
     assert prune.num_scheduled_tokens == {request.req_id: num_tokens} and len(request.prefill_token_ids) == num_tokens
-    assert list(*request.block_ids) == list(range(1, 1 + num_tokens // KV_BLOCK))
+    first, second = request.block_ids
+    assert first + second == list(range(1, 1 + 2 * num_tokens // KV_BLOCK)) and len(first) == len(second)
     assert finish.finished_req_ids == {request.req_id} and finish.total_num_scheduled_tokens == 0
 
 
@@ -777,24 +851,30 @@ def test_a_pruning_step_runs_kernels_beside_a_compiled_model(configure, custom_o
 
 # --- the lane --------------------------------------------------------------------------
 
-BLOCKS = 20  # a request
-TABLE = torch.arange(MAX_REQS * BLOCKS, dtype=torch.int32).view(MAX_REQS, BLOCKS).to(DEVICE)
+# Layers by KV cache group: one that returns nothing; some that begin in segments 0, 1, 1 and 2.
+DIVISIONS = ([range(LAYERS)], [range(3), range(3, 6), range(6, LAYERS)], [(0, 1), (2, 3), (4, 5), (6, 7)])
 
 
 class Worker(Observer):
-    """A model runner of toys: real model state, exact attention over a KV cache of its slots."""
+    """A model runner of toys: real model state, exact attention over a KV cache of its slots.
 
-    def __init__(self, config: VllmConfig, toy: ToyModel, *, mrope: bool = False) -> None:
-        self.config, self.toy, self.mrope = config, toy, mrope
-        self.state = make_model_state(config, toy)
+    Blocks that are returned lose what they hold at once.
+    """
+
+    def __init__(
+        self, config: VllmConfig, toy: ToyModel, *, mrope: bool = False, division: Sequence[Any] = DIVISIONS[0]
+    ) -> None:
+        self.config, self.toy, self.mrope, self.division = config, toy, mrope, division
+        self.state = with_segments(DefaultModelState)(config, toy, None, DEVICE)
+        self.tables = [TABLE + i * TABLE.numel() for i in range(len(division))]
+        initialize(self.state, division, self.tables)
+        num_slots = len(division) * TABLE.numel() * KV_BLOCK
         for layer in toy.model.layers:
-            layer.kv = torch.full((MAX_REQS * BLOCKS * KV_BLOCK, HIDDEN), torch.nan, dtype=torch.float64, device=DEVICE)
+            layer.kv = torch.full((num_slots, HIDDEN), torch.nan, dtype=torch.float64, device=DEVICE)
         self.computed = dict.fromkeys(range(MAX_REQS), 0)
         self.outputs: dict[tuple[int, int], list[float]] = {}  # by slot and position
         self.kept: dict[str, list[int]] = {}
         self.events: dict[str, list[list[int]]] = {}
-        names = self.state.layer_names
-        self.groups = [[SimpleNamespace(segment=i, layer_names=names[i]) for i in range(3)]]
 
     def selected(self, event: Selected) -> None:
         self.events.setdefault(event.req_id, []).append(event.kept.tolist())
@@ -805,7 +885,9 @@ class Worker(Observer):
         batch = make_batch(list(rows.values()), slots, [self.computed[slot] for slot in slots])
         positions = batch.positions
         owner = torch.tensor(slots, device=DEVICE).repeat_interleave(torch.tensor(list(rows.values()), device=DEVICE))
-        dense_slots = TABLE[owner, positions // KV_BLOCK].long() * KV_BLOCK + positions % KV_BLOCK
+        dense_slots = torch.stack(
+            [t[owner, positions // KV_BLOCK].long() * KV_BLOCK + positions % KV_BLOCK for t in self.tables]
+        )
         inputs = {
             "input_ids": (owner * 31 + positions * 7 + positions // 9) % 100,
             "positions": torch.stack([positions // i for i in (1, 2, 3)]) if self.mrope else positions,
@@ -814,9 +896,18 @@ class Worker(Observer):
         }
         eager = self.state.needs_eager(plan_of(whole, lane))
         metadata = self.state.prepare_attn(
-            batch, CUDAGraphMode.NONE, (TABLE[slots],), dense_slots[None], self.groups, None
+            batch,
+            CUDAGraphMode.NONE,
+            tuple(table[slots] for table in self.tables),
+            dense_slots,
+            attention_groups(self.state),
+            None,
         )
-        by_layer = {name: dense_slots for names in self.state.layer_names for name in names}
+        by_layer = {
+            attention_name(i): group_slots
+            for layers, group_slots in zip(self.division, dense_slots, strict=True)
+            for i in layers
+        }
         by_layer |= self.state.get_own_slot_mappings(batch.num_tokens)
         self.toy.model.calls.clear()
         context = set_forward_context(metadata, self.config, slot_mapping=by_layer, is_padding=batch.is_padding)
@@ -831,7 +922,10 @@ class Worker(Observer):
             if lane is None or lane.req_id != f"r{slot}":
                 last = int(batch.query_start_loc_np[i + 1]) - 1
                 self.outputs[slot, int(positions[last])] = hidden_states[last].tolist()
-        self.kept |= self.state.take_kept_tokens() or {}
+        kept = self.state.take_kept_tokens() or {}
+        self.kept |= kept
+        for req_id in kept:
+            self.return_blocks(req_id)
         assert self.state.take_kept_tokens() is None
         check_mirror(self.state.segment_state)
         calls = self.toy.model.calls
@@ -858,12 +952,25 @@ class Worker(Observer):
             self.step(beside | {slot: num_rows}, lane=LaneGrant(req_id, budget if complete else 0))
             stop -= 1
 
+    def returned(self, req_id: str) -> list[int]:
+        """Blocks of each group."""
+        counts = self.kept[req_id]
+        return [(counts[0] - counts[group.base]) // KV_BLOCK for group in self.state.segment_state.groups]
+
+    def return_blocks(self, req_id: str) -> None:
+        for layers, table, count in zip(self.division, self.tables, self.returned(req_id), strict=True):
+            slots = slots_of(table[int(req_id[1:])], count * KV_BLOCK)
+            for i in layers:
+                self.toy.model.layers[i].kv[slots] = torch.nan
+
     def cache_of(self, slot: int) -> list[list[list[float]]]:
         """What each layer's cache holds of the request's prompt."""
-        counts = self.kept[f"r{slot}"]
-        lengths = [counts[sum(cut < i for cut in CUTS)] for i in range(LAYERS)]
-        layers = zip(self.toy.model.layers, lengths, strict=True)
-        return [layer.kv[slots_of(TABLE[slot], length)].tolist() for layer, length in layers]
+        counts, cache = self.kept[f"r{slot}"], []
+        for layers, table, count in zip(self.division, self.tables, self.returned(f"r{slot}"), strict=True):
+            for i in layers:
+                length = counts[sum(cut < i for cut in CUTS)]
+                cache.append(self.toy.model.layers[i].kv[slots_of(table[slot, count:], length)].tolist())
+        return cache
 
 
 def finish(worker: Worker) -> tuple:
@@ -878,7 +985,8 @@ def finish(worker: Worker) -> tuple:
 def test_a_prompt_in_the_lane_ends_as_one_that_is_taken_whole(config, toy, stock, seed: int) -> None:
     """Kept tokens, every layer's cache, its outputs and those of a decode, bit by bit, in chunks of any size.
 
-    Also if it was aborted before in any phase, after an idle step, and with a whole prompt beside it.
+    Also if it was aborted before in any phase, after an idle step, with a whole prompt beside it, and whatever KV
+    cache groups return blocks.
     """
     rng = random.Random(seed)
     num_prompt = rng.randint(60, 250)
@@ -887,7 +995,7 @@ def test_a_prompt_in_the_lane_ends_as_one_that_is_taken_whole(config, toy, stock
     mrope = seed % 3 == 0
 
     def make_worker() -> Worker:
-        worker = Worker(config, toy, mrope=mrope)
+        worker = Worker(config, toy, mrope=mrope, division=rng.choice(DIVISIONS))
         worker.state.add_request(2, new_request("r2", decide(4, "short_prompt")))
         worker.state.add_request(4, new_request("r4", decision))
         worker.step({2: 9})
@@ -917,7 +1025,7 @@ def test_a_whole_prompt_beside_the_lane_is_as_one_alone(config, toy, stock) -> N
     decision = decide(50)
     found = []
     for beside in ({}, {4: 100}):
-        worker = Worker(config, toy)
+        worker = Worker(config, toy, division=DIVISIONS[2] if beside else DIVISIONS[0])
         worker.state.add_request(5, new_request("r5", decision))
         worker.state.add_request(4, new_request("r4", decide(100)))
         worker.step(beside | {5: 50}, whole=("r5",), lane=LaneGrant("r4", 400) if beside else None)
