@@ -250,7 +250,7 @@ def test_a_config_alone_gets_dummy_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"layer_types": ["sliding_attention"] * 6, "sliding_window": 1024}, "sliding-attention layers"),
+        ({"layer_types": ["sliding_attention"] * 6, "sliding_window": 1024}, "no full-attention layer"),
         ({}, None),
     ],
 )

@@ -33,6 +33,8 @@ MODELS = {
     "mixtral-gqa2-tied": {"family": "mixtral", "heads": 4, "kv_heads": 2, "tied": True, "seed": 8},
     "phi3-gqa2-untied": {"family": "phi3", "heads": 4, "kv_heads": 2, "tied": False, "seed": 6},
 }
+WINDOW = 200
+MODELS["llama-windows"] = {"family": "llama", "seed": 9, "window": WINDOW, "full": (2, 4, 6)}
 WHOLE = 49_152  # tokens a step: any prompt fits one
 LAYERS = [2, 4, 6]
 LAYER_COUNT = 8
@@ -85,6 +87,9 @@ CASES = [
     # Each prompt takes the lane; the last chunks cut through the queries that score.
     ("llama-gqa2-tied", "all", 1000),
     ("qwen3_moe-gqa2-untied", "all", 1000),
+    # Sliding windows before, between and behind the cuts.
+    ("llama-windows", "all", WHOLE),
+    ("llama-windows", "all", 1000),
 ]
 
 
@@ -96,6 +101,8 @@ def test_agrees_with_oracle(model: str, variant: str, budget: int, tmp_path) -> 
     """Kept sets are the oracle's but for contested blocks, logits within 1 %."""
     few_heads = variant == "few heads"
     rule = {"hops": 2, "hop_blocks": 3} if few_heads else {"top_p_over": variant}
+    if model == "llama-windows":
+        rule["recent_tokens"] = WINDOW  # as the engine raises it by itself
     layers = [{"layer": layer} | FEW_HEADS[layer] for layer in LAYERS] if few_heads else LAYERS
     path = make_checkpoint(tmp_path / "model", **MODELS[model])
     oracle = Oracle(path)
@@ -104,7 +111,7 @@ def test_agrees_with_oracle(model: str, variant: str, budget: int, tmp_path) -> 
     with (
         engine(
             path,
-            uniprefill={"selection_layers": layers} | rule,
+            uniprefill={"selection_layers": layers} | {k: v for k, v in rule.items() if k != "recent_tokens"},
             max_num_batched_tokens=budget,
             max_logprobs=-1,
             logprobs_mode="raw_logits",

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -67,11 +68,14 @@ def make_checkpoint(
     seed: int = 0,
     sharpness: float = 3.5,
     max_positions: int = 32768,
+    window: int | None = None,
+    full: Sequence[int] = (),
 ) -> Path:
     """Write config.json, model.safetensors (bf16) and a word-level tokenizer to `path`.
 
     A higher `sharpness` concentrates attention on fewer tokens, so that a
-    top_p keeps fewer blocks, and lets bf16 rounding weigh more.
+    top_p keeps fewer blocks, and lets bf16 rounding weigh more. With a `window`
+    all layers but those of `full` attend to so many tokens.
     """
     if family not in FAMILIES:
         raise ValueError(f"family {family!r} is not one of {FAMILIES}")
@@ -102,6 +106,9 @@ def make_checkpoint(
         shape["original_max_position_embeddings"] = max_positions
     else:
         shape["head_dim"] = head_dim
+    if window is not None:
+        kinds = ["full_attention" if layer in full else "sliding_attention" for layer in range(layers)]
+        shape |= {"sliding_window": window, "layer_types": kinds}
     config = AutoConfig.for_model(family, **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = random_weights(

@@ -101,10 +101,11 @@ def attention_weights(
     scale: float,
     soft_cap: float | None = None,
     sinks: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """softmax(q·kᵀ·scale) [H, queries, keys] fp32, causal by original position.
 
-    queries [H, queries, D], keys [G, keys, D] with G dividing H, positions [T],
+    `hidden` [queries, keys] bool: keys that a query does not see besides. queries [H, queries, D], keys [G, keys, D] with G dividing H, positions [T],
     sinks [H]: a logit per head that takes mass in the denominator only.
     """
     num_heads, num_queries, head_dim = queries.shape
@@ -114,6 +115,8 @@ def attention_weights(
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = scores.masked_fill(key_positions[None, :] > query_positions[:, None], -torch.inf)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
     if sinks is None:
         return scores.softmax(-1)
     column = sinks.view(num_heads, 1, 1).expand(num_heads, num_queries, 1)
@@ -128,13 +131,19 @@ def attend(
     scale: float,
     soft_cap: float | None,
     sinks: Tensor | None,
+    window: int | None = None,
 ) -> Tensor:
-    """Attention output [T, H * D] of `queries` [H, T, D] at ascending `positions` [T]."""
+    """Attention output [T, H * D] of `queries` [H, T, D] at ascending `positions` [T].
+
+    A window counts the tokens that the layer holds, whatever their positions.
+    """
+    ranks = torch.searchsorted(cache.positions, positions)
     outputs = []
     for start in range(0, len(positions), QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
         # Positions ascend in the cache too: what is past the chunk's last one is masked.
         end = int((cache.positions <= positions[chunk][-1]).sum())
+        hidden = None if window is None else torch.arange(end) <= ranks[chunk, None] - window
         weights = attention_weights(
             queries[:, chunk],
             cache.keys[:, :end],
@@ -143,6 +152,7 @@ def attend(
             scale=scale,
             soft_cap=soft_cap,
             sinks=sinks,
+            hidden=hidden,
         )
         num_heads, num_queries, _ = weights.shape
         values = cache.values[:, :end]
@@ -165,8 +175,10 @@ class Oracle:
         self.model = model.eval()
         self.decoder = decoder
         config = decoder.config
-        if getattr(config, "sliding_window", None) is not None:
-            raise ValueError("sliding windows are not supported")
+        types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        if getattr(config, "sliding_window", None) is not None and set(types) == {"full_attention"}:
+            raise ValueError("a sliding window needs layer_types that say where it is")
+        self.windows = [config.sliding_window if kind == "sliding_attention" else None for kind in types]
         self.num_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.layers: nn.ModuleList = decoder.layers
@@ -375,7 +387,7 @@ class Oracle:
     ) -> Tensor:
         """Attention, residuals and MLP: the layer's output [T, hidden]."""
         layer = self.layers[index]
-        attended = attend(queries, cache, positions, **self._attention(index))
+        attended = attend(queries, cache, positions, **self._attention(index), window=self.windows[index])
         hidden = hidden + layer.self_attn.o_proj(attended)
         # A batch of one: mixtures of experts want three dimensions.
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden)[None])[0]

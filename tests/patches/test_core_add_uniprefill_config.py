@@ -166,7 +166,7 @@ def test_auto_cuts_where_layers_follow(num_layers: int) -> None:
 
 def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
     types = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-    assert layer_kinds(hf_model(*types)) == [FULL, SLIDING, SLIDING, LINEAR]
+    assert layer_kinds(hf_model(*types)) == [FULL, SLIDING, "chunked", LINEAR]
     assert layer_kinds(hf_model(layers=2)) == [FULL, FULL]
     assert layer_kinds(hf_model(layers=2, window=512)) == [SLIDING, SLIDING]
 
@@ -184,9 +184,10 @@ def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
         ),
         (
             [0],
-            hf_model("full_attention", "sliding_attention", "full_attention"),
-            "sliding-attention layers; serve a model",
+            hf_model("full_attention", "chunked_attention", "full_attention"),
+            "chunked-attention layers; serve a model with full and sliding-window attention only",
         ),
+        ([], hf_model(layers=4, window=512), "no full-attention layer"),
         ([], hf_model(layers=2), "too few layers"),
         ([{"layer": 1, "heads": [0, 8]}], hf_model(layers=8), "layer 1 has no head 8; choose heads from 0 to 7."),
     ],
@@ -321,7 +322,7 @@ def test_a_pool_and_a_step_below_the_shortest_pruned_prompt_are_refused(configur
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
         ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
         ({"scheduler_cls": "a.Scheduler"}, "--scheduler-cls"),
-        ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "sliding-attention"),
+        ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "no full-attention layer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -329,6 +330,33 @@ def test_what_does_not_work_together_is_refused_by_name(configure, arguments, na
     with pytest.raises(ValueError, match="--uniprefill-config") as error:
         configure({}, **arguments)
     assert named in str(error.value)
+
+
+WINDOWS = {"layer_types": ["full_attention", "sliding_attention"] * 4, "sliding_window": 300}
+
+
+@pytest.mark.parametrize(("cut", "recent"), [([4], 300), ([6], 300)])
+def test_windows_behind_a_cut_have_all_their_tokens(configure, cut, recent: int) -> None:
+    made = configure({"selection_layers": cut}, hf_overrides=WINDOWS)
+    assert made.uniprefill_config.recent_tokens == recent
+    assert configure({"selection_layers": cut, "recent_tokens": 900}).uniprefill_config.recent_tokens == 900
+
+
+def test_windows_before_every_cut_change_nothing(configure) -> None:
+    early = {"layer_types": ["sliding_attention"] * 4 + ["full_attention"] * 4, "sliding_window": 300}
+    assert configure({"selection_layers": [5]}, hf_overrides=early).uniprefill_config.recent_tokens == 128
+
+
+def test_the_kv_block_size_fits_later_windows(configure) -> None:
+    """By itself, or else its flag is named."""
+    config = configure({"selection_layers": [4]}, hf_overrides=WINDOWS)
+    assert 64 % config.cache_config.block_size == 0
+    with pytest.raises(ValueError) as error:
+        configure({"selection_layers": [4]}, hf_overrides=WINDOWS, block_size=128)
+    assert str(error.value) == (
+        "--uniprefill-config block_size (64) must be a multiple of --block-size (128) for layers with a sliding "
+        "window; set --block-size 64 or drop --uniprefill-config."
+    )
 
 
 @pytest.mark.parametrize("architecture", UNBOUNDED_ARCHITECTURES)

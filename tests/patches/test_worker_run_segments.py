@@ -25,6 +25,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.uniprefill.plan import segment_of_layer_name
 from vllm.v1.uniprefill.policy import Decision
 from vllm.v1.uniprefill.step_plan import LaneGrant, StepPlan
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
@@ -346,7 +347,7 @@ class ToyLayer(nn.Module):
 
     def __init__(self, index: int, attn: Attention) -> None:
         super().__init__()
-        self.index, self.attn = index, attn
+        self.index, self.attn, self.window = index, attn, attn.sliding_window
         self.kv: torch.Tensor | None = None  # [slots, HIDDEN]
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -358,7 +359,7 @@ class ToyLayer(nn.Module):
         return (hidden_states * 3 + self.index + 1000 * position[:, None] + attended) % MODULUS
 
     def attend(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The sum of all states before and of its own, each times its place in the sequence."""
+        """The sum of all states before and of its own, each times its place in the sequence, or in the window."""
         context = get_forward_context()
         batch, _, table = context.attn_metadata[self.attn.layer_name]
         self.kv[context.slot_mapping[self.attn.layer_name]] = hidden_states
@@ -366,6 +367,13 @@ class ToyLayer(nn.Module):
         for i in range(batch.num_reqs):
             num_rows, length = int(batch.num_scheduled_tokens[i]), int(batch.seq_lens[i])
             states = self.kv[slots_of(table[i], length)]
+            if self.window:
+                # From its place in the window: what lies before the first row's may be gone.
+                first_seen = max(0, length - num_rows - self.window + 1)
+                states = torch.cat([states.new_zeros(self.window, HIDDEN), states[first_seen:]])
+                places = torch.arange(1.0, self.window + 1, dtype=states.dtype, device=DEVICE)
+                attended.append((states.unfold(0, self.window, 1) * places).sum(-1)[-num_rows:])
+                continue
             places = torch.arange(1, length + 1, device=DEVICE)[:, None]
             attended.append((states * places).cumsum(0)[length - num_rows :])
         return torch.cat(attended)
@@ -675,16 +683,15 @@ def names_of(state: SegmentedModelState, segment: int) -> list[str]:
 
 
 def attention_groups(state: SegmentedModelState) -> list[list[Any]]:
-    """For each KV cache group one of each of its segments, as the model runner makes them."""
-    return [
-        [
-            SimpleNamespace(segment=segment, layer_names=names)
-            for segment in group.segments
-            for of, names in state.layer_names[segment]
-            if of is group
-        ]
-        for group in state.segment_state.groups
-    ]
+    """For each KV cache group one of each of its segments, as the model runner makes them; windows together."""
+    found: list[list[Any]] = []
+    for i, group in enumerate(state.kv_cache_config.kv_cache_groups):
+        names: dict[int, list[str]] = {}
+        for name in group.layer_names:
+            names.setdefault(segment_of_layer_name(state.vllm_config, name), []).append(name)
+        assert all(of.index != i or set(of.segments) <= set(names) for of in state.segment_state.groups)
+        found.append([SimpleNamespace(segment=s, layer_names=names[s]) for s in sorted(names)])
+    return found
 
 
 @pytest.fixture
@@ -955,7 +962,8 @@ class Worker(Observer):
     def returned(self, req_id: str) -> list[int]:
         """Blocks of each group."""
         counts = self.kept[req_id]
-        return [(counts[0] - counts[group.base]) // KV_BLOCK for group in self.state.segment_state.groups]
+        bases = {group.index: group.base for group in self.state.segment_state.groups}
+        return [(counts[0] - counts[bases.get(i, 0)]) // KV_BLOCK for i in range(len(self.division))]
 
     def return_blocks(self, req_id: str) -> None:
         for layers, table, count in zip(self.division, self.tables, self.returned(req_id), strict=True):
@@ -968,6 +976,8 @@ class Worker(Observer):
         counts, cache = self.kept[f"r{slot}"], []
         for layers, table, count in zip(self.division, self.tables, self.returned(f"r{slot}"), strict=True):
             for i in layers:
+                if self.toy.model.layers[i].window:
+                    continue
                 length = counts[sum(cut < i for cut in CUTS)]
                 cache.append(self.toy.model.layers[i].kv[slots_of(table[slot, count:], length)].tolist())
         return cache
@@ -1018,6 +1028,65 @@ def test_a_prompt_in_the_lane_ends_as_one_that_is_taken_whole(config, toy, stock
         worker.step({2: 1, 4: 1})
         assert finish(worker) == whole
         assert all(worker.outputs[key] == row for key, row in decodes.items() if key[0] == 2 and key in worker.outputs)
+
+
+WINDOW = 40
+HYBRID = UNIPREFILL | {"block_size": KV_BLOCK, "sink_tokens": KV_BLOCK, "selection_layers": [1, 4]}
+KINDS = ["full" if i in (1, 4) else "sliding" for i in range(LAYERS)]
+
+
+@pytest.fixture
+def with_windows(configure, one_rank: None) -> tuple[VllmConfig, ToyModel]:
+    """Full attention in the selection layers only."""
+    overrides = {"layer_types": [f"{kind}_attention" for kind in KINDS], "sliding_window": WINDOW}
+    config = configure(HYBRID, max_num_seqs=MAX_REQS, hf_overrides=overrides, block_size=KV_BLOCK)
+    with set_current_vllm_config(config):
+        attention = [
+            Attention(
+                2,
+                32,
+                1.0,
+                num_kv_heads=1,
+                prefix=attention_name(i),
+                per_layer_sliding_window=WINDOW if kind == "sliding" else None,
+            )
+            for i, kind in enumerate(KINDS)
+        ]
+    torch.manual_seed(0)
+    return config, ToyModel(attention).to(DEVICE).requires_grad_(False)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_windows_hold_kept_tokens_while_the_prompt_is_pruned_and_slide_on_as_ever(with_windows, stock, seed) -> None:
+    """In the lane as whole; afterwards what is outside the stock window is gone."""
+    rng = random.Random(seed)
+    num_prompt = rng.randint(120, 250)
+    decision = Decision(num_prompt, None, keep_ratio=rng.choice([0.3, 0.6]))
+    # Two groups of windows, and the full layers together or apart.
+    division = [(1, 4), (0, 2, 3), (5, 6, 7)] if seed % 2 else [(1,), (4,), (0, 3, 6), (2, 5, 7)]
+
+    def prune(chunk: int | None) -> tuple:
+        worker = Worker(*with_windows, division=division)
+        worker.state.add_request(2, new_request("r2", decide(4, "short_prompt")))
+        worker.state.add_request(4, new_request("r4", decision))
+        worker.step({2: 9})
+        if chunk is None:
+            worker.step({2: 1, 4: num_prompt}, whole=("r4",))
+        else:
+            worker.prefill_in_lane(4, num_prompt, chunk, {2: 1})
+            worker.step({2: 1, 4: 1})
+        for layers, table in zip(division, worker.tables, strict=True):
+            if KINDS[layers[0]] == "sliding":
+                slots = slots_of(table[4], (num_prompt - WINDOW) // KV_BLOCK * KV_BLOCK)
+                for i in layers:
+                    worker.toy.model.layers[i].kv[slots] = torch.nan
+        return finish(worker)[:3]
+
+    whole = prune(None)
+    counts, _, outputs = whole
+    assert counts[2] <= counts[1] < num_prompt and not any(np.isnan(row).any() for row in outputs.values())
+    for chunk in (rng.randint(10, 60), rng.randint(60, num_prompt), num_prompt + 5):
+        assert prune(chunk) == whole
 
 
 def test_a_whole_prompt_beside_the_lane_is_as_one_alone(config, toy, stock) -> None:

@@ -231,7 +231,7 @@ def test_layers_come_in_their_order_not_in_the_names(config) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
-        ({"per_layer_sliding_window": 64}, "sliding-window attention (model.layers.5.self_attn"),
+        ({"per_layer_sliding_window": 64}, "other windows than their config says (model.layers.5.self_attn"),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "encoder_only attention"),
         (
             {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
