@@ -792,6 +792,19 @@ def test_without_pruned_requests_all_layers_share_the_dense_metadata(model_state
         assert slots.tolist() == [5000, 5001, 5002, 5003]
 
 
+def test_layers_of_one_segment_that_differ_do_not_share_metadata(model_state, monkeypatch) -> None:
+    """In their backend, say: the release makes attention groups of them."""
+    split = [
+        SimpleNamespace(segment=group.segment, layer_names=[name])
+        for group in attention_groups(model_state)[0]
+        for name in group.layer_names
+    ]
+    monkeypatch.setitem(globals(), "attention_groups", lambda _: [split])
+    metadata = prepare(model_state, make_batch([3, 1], [1, 0], computed=[0, 20]))
+    assert len({id(value) for value in metadata.values()}) == len(metadata) == LAYERS
+    assert all(seen.seq_lens.tolist() == [3, 21] for seen, *_ in metadata.values())
+
+
 def test_a_step_that_is_over_leaves_no_plan_behind(model_state) -> None:
     """Graphs are captured behind the warm-up's pruning step, and need all layers' metadata."""
     step = SchedulerOutput.make_empty()
