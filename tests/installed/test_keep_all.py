@@ -22,9 +22,10 @@ def signature(output) -> list[tuple[int, dict[int, float]]]:
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "llama with windows", "qwen2", "qwen3", "mistral", "phi3"])
 def test_bitwise_equal(family: str, tmp_path) -> None:
-    path = make_checkpoint(tmp_path / "model", family, layers=6, seed=11)
+    windows = {"window": 200, "full": (1, 3)} if "windows" in family else {}
+    path = make_checkpoint(tmp_path / "model", family.split()[0], layers=6, seed=11, **windows)
     rng = random.Random(5)
     prompts = [rng.choices(range(VOCAB), k=n) for n in LENGTHS]
     with engine(path, uniprefill={"selection_layers": [1, 3]}, max_logprobs=8) as llm:
