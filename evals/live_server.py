@@ -20,7 +20,7 @@ from scripts.serve import Address, server, wait_until_ready
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
 NAME = "needle"
-READY_SECONDS = 300.0
+READY_SECONDS = 1200.0
 
 
 class Metrics:
