@@ -16,7 +16,7 @@ from unittest.mock import patch
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.fork import ForkError
-from scripts.serve import Address, server, wait_until_ready
+from scripts.serve import Address, fast_dtype, is_cpu_build, server, wait_until_ready
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
 NAME = "needle"
@@ -75,6 +75,7 @@ def serve_command(port: int, options: Mapping[str, str | None], model: Path = NE
         "--served-model-name": NAME,
         "--enforce-eager": None,
         "--distributed-executor-backend": "uni",
+        "--dtype": fast_dtype(is_cpu_build()),
     }
     for option, value in (fixed | options).items():
         command += [option] if value is None else [option, value]

@@ -1,11 +1,25 @@
-"""Give each of pytest-xdist's workers a core of its own.
-
-Engines bind their threads to the cores that they may use; without this, those of two workers
-would share the first one.
-"""
+"""How tests are spread over pytest-xdist's workers."""
 
 import os
 
+import pytest
+from xdist.scheduler import LoadFileScheduling
+
+# Their cases share no fixture, so each goes to whichever worker is free; other files go as a whole.
+SPREAD = ("test_oracle_agreement.py", "test_keep_all.py")
+
+# A core for each worker: engines bind their threads to the cores that they may use; without this,
+# those of two workers would share the first one.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+class FileOrCaseScheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return nodeid if file.endswith(SPREAD) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileOrCaseScheduling:
+    return FileOrCaseScheduling(config, log)

@@ -21,7 +21,8 @@ OPTIONS: dict[str, str | None] = {
     "--max-model-len": str(MAX_MODEL_LEN),
     "--max-num-seqs": "16",
     "--block-size": "32",
-    "--kv-cache-memory-bytes": "34M",  # CACHE_TOKENS: a few long requests fill it, so some are preempted
+    "--dtype": "float32",
+    "--kv-cache-memory-bytes": "68M",  # CACHE_TOKENS: a few long requests fill it, so some are preempted
     "--enable-scale-out": None,  # has the route that aborts requests
     # By default the release kills its engine at once, and its HTTP server then waits for clients that nobody answers.
     "--shutdown-timeout": "600",

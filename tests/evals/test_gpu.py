@@ -184,7 +184,7 @@ def test_an_unknown_part_is_refused(capsys) -> None:
 def test_the_whole_call_at_a_tiny_size(tmp_path: Path) -> None:
     """Every part on this machine; without a GPU this shows that the program works, no more."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    assert cli.main(["--shape", "tiny", "--small", "--seconds", "900", "--results", str(tmp_path)]) == 0
+    assert cli.main(["--shape", "tiny", "--small", "--seconds", "3600", "--results", str(tmp_path)]) == 0
     result = read(tmp_path / "bench-gpu-tiny")
     assert {"kernels", "ttft", "breakdown", "interleave", "decode", "concurrency", "poisson"} <= set(result)
     assert {"checks", "graphs"} <= set(result["gpu"])

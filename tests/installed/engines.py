@@ -17,7 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.uniprefill.events import Selected, observed_by
 
-MAX_MODEL_LEN = 16_384
+MAX_MODEL_LEN = 8192
 # Cuts a model of four layers twice, and prompts of 100 tokens already; how much is kept is added.
 SMALL_CUTS = {
     "selection_layers": [1, 2],
@@ -36,7 +36,8 @@ def engine(model: Path, *, uniprefill: dict[str, Any] | None, **arguments: Any) 
         "enforce_eager": True,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": 16,
-        "max_num_batched_tokens": 49_152,
+        # No more than prompts need: the interpreter pads the slots of every step to this many.
+        "max_num_batched_tokens": 8192,
         "kv_cache_memory_bytes": 1 << 30,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "uni",

@@ -15,7 +15,7 @@ from engines import engine, generate, recorded_selections
 from oracle.checkpoints import make_checkpoint
 from oracle.oracle import Oracle
 from oracle.quantised import quantise_checkpoint
-from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, NUM_DECODE, logits_of, relative_error
+from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, relative_error
 from vllm import SamplingParams, TokensPrompt
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
@@ -29,6 +29,7 @@ VOCAB = 1024
 LAYERS = [1, 2]
 CONFIG = {"selection_layers": LAYERS, "min_prompt_tokens": 300}
 TOP_P = 0.8
+NUM_DECODE = 8
 FP8_MAX_RELATIVE_ERROR = 0.1  # e4m3 keeps 4 bits of each key and value
 
 
@@ -149,7 +150,8 @@ def test_json_after_a_pruned_prompt(fp8) -> None:
 
 @pytest.fixture(scope="module")
 def needle():
-    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, max_model_len=4096, max_num_batched_tokens=9000) as llm:
+    lengths = {"max_model_len": 4096, "max_num_batched_tokens": 4096}
+    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, dtype="float32", **lengths) as llm:
         yield llm
 
 

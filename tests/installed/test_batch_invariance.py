@@ -10,14 +10,14 @@ from oracle.checkpoints import make_checkpoint
 from vllm import SamplingParams, TokensPrompt
 
 VOCAB = 1024
-LENGTHS = [10, 12_000, 64, 1500, 300, 5000, 2048, 1100]
+LENGTHS = [10, 7000, 64, 1500, 300, 3000, 2048, 1100]
 CONFIG = {"selection_layers": [2, 4, 6], "top_p": 0.9, "sink_tokens": 64, "recent_tokens": 128}
 
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     path = make_checkpoint(tmp_path_factory.mktemp("llama"), "llama", seed=7)
-    with engine(path, uniprefill=CONFIG, max_logprobs=5) as llm:
+    with engine(path, uniprefill=CONFIG, max_logprobs=5, max_num_batched_tokens=16_384) as llm:
         yield llm
 
 

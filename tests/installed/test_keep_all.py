@@ -28,7 +28,7 @@ def test_bitwise_equal(family: str, tmp_path) -> None:
     path = make_checkpoint(tmp_path / "model", family.split()[0], layers=6, seed=11, **windows)
     rng = random.Random(5)
     prompts = [rng.choices(range(VOCAB), k=n) for n in LENGTHS]
-    with engine(path, uniprefill={"selection_layers": [1, 3]}, max_logprobs=8) as llm:
+    with engine(path, uniprefill={"selection_layers": [1, 3]}, max_logprobs=8, max_num_batched_tokens=12_288) as llm:
         hidden: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
         runner = model_runner_of(llm)
         sample = runner.sample

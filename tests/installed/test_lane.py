@@ -280,12 +280,12 @@ def test_long_prefill_token_threshold(llm, truth, monkeypatch) -> None:
 def needle() -> Iterator[Any]:
     """The model that can answer, with the settings that a server has by default."""
     settings = {"max_model_len": 16_384, "max_num_batched_tokens": 2048, "max_num_seqs": 8, "async_scheduling": True}
-    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, **settings) as llm:
+    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, dtype="float32", **settings) as llm:
         yield llm
 
 
 def test_answers_of_the_needle_model(needle) -> None:
-    prompts = [make_prompt("multikey", length, seed) for length in (4096, 8192, 16_000) for seed in range(2)]
+    prompts = [make_prompt("multikey", length, seed) for length, seed in [(4096, 0), (4096, 1), (8192, 0), (16_000, 0)]]
     params = SamplingParams(temperature=0, max_tokens=4, extra_args={"uniprefill_report": 1})
     outputs = needle.generate([prompt.text for prompt in prompts], params, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):

@@ -15,7 +15,7 @@ PROMPTS = 12
 
 @pytest.fixture(scope="module")
 def llm():
-    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, max_model_len=LENGTH + 16) as llm:
+    with engine(NEEDLE_MODEL, uniprefill={"top_p": 0.99}, dtype="float32", max_model_len=LENGTH + 16) as llm:
         yield llm
 
 

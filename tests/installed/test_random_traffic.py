@@ -16,6 +16,8 @@ from vllm import SamplingParams, TokensPrompt
 VOCAB = 1024
 MAX_LEN = 640
 LANE_BUDGET = 320  # the longer prompts take several steps
+NUM_TOKENS = 32  # at most, of an answer
+MANY_TOKENS = 90  # so many that three long requests outgrow the cache
 NUM_BLOCKS = 48  # of 32 tokens: two or three long requests fill them
 CONFIG = SMALL_CUTS | {"top_p": 0.7, "hops": 2}
 # Preempted requests compute their output tokens again, in one batch instead of one by one, which
@@ -39,8 +41,8 @@ ARRIVALS = st.lists(
     st.builds(
         Arrival,
         step=st.integers(0, 25),
-        length=st.sampled_from([3, 60, 99, 100, 257, 400, 500, 560]),
-        max_tokens=st.integers(1, 60),
+        length=st.sampled_from([3, 99, 100, 257, 400, 560]),
+        max_tokens=st.integers(1, NUM_TOKENS),
         extra=st.sampled_from(
             [
                 (),
@@ -91,9 +93,10 @@ def prompt_of(arrival: Arrival) -> list[int]:
 
 def expected(llm, arrival: Arrival):
     """What the request generates with nothing beside it, and the gap of the best two."""
-    key = (arrival.length, arrival.extra)
+    num_tokens = max(NUM_TOKENS, arrival.max_tokens)
+    key = (arrival.length, arrival.extra, num_tokens)
     if key not in llm.expected:
-        [output] = generate(llm, [prompt_of(arrival)], max_tokens=90, logprobs=2, **dict(arrival.extra))
+        [output] = generate(llm, [prompt_of(arrival)], max_tokens=num_tokens, logprobs=2, **dict(arrival.extra))
         steps = output.outputs[0].logprobs
         ranked = [sorted((e.logprob for e in step.values()), reverse=True) for step in steps]
         llm.expected[key] = (list(output.outputs[0].token_ids), [r[0] - r[1] for r in ranked])
@@ -135,7 +138,7 @@ def run(llm, arrivals: list[Arrival]) -> dict[int, list[int]]:
 
 
 @settings(
-    max_examples=7,
+    max_examples=5,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
@@ -189,14 +192,14 @@ def assert_nothing_left(llm) -> None:
 
 def test_preemption_happens_and_resumes_pruned(llm) -> None:
     """Three long pruned requests do not fit with their outputs; all end right."""
-    arrivals = [Arrival(i, 440, 90, (("uniprefill_top_p", 0.4),), None) for i in range(3)]
+    arrivals = [Arrival(i, 440, MANY_TOKENS, (("uniprefill_top_p", 0.4),), None) for i in range(3)]
     truth, gaps = expected(llm, arrivals[0])
     preemptions = count_preemptions(scheduler_of(llm))
     tokens = run(llm, arrivals)
     assert preemptions() > 0, "the KV cache is too large for this test"
     for found in tokens.values():
         differing = [i for i, (a, b) in enumerate(zip(found, truth, strict=False)) if a != b]
-        assert len(found) == 90 and (not differing or gaps[differing[0]] < NEAR_TIE)
+        assert len(found) == MANY_TOKENS and (not differing or gaps[differing[0]] < NEAR_TIE)
     assert_nothing_left(llm)
 
 

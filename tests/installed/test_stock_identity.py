@@ -19,7 +19,9 @@ HERE = Path(__file__).parent
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama", layers=4, seed=9)
+    return make_checkpoint(
+        tmp_path_factory.mktemp("llama"), "llama", layers=4, hidden=128, heads=4, head_dim=32, seed=9
+    )
 
 
 def outputs(model: Path, path: Path, *, python_path: Path | None = None, **engine_args) -> dict:

@@ -13,7 +13,7 @@ import openai
 import psutil
 import pytest
 
-from scripts import demo, fork, serve
+from scripts import compile_cpu, demo, fork, serve
 
 
 def value(arguments, option):
@@ -37,6 +37,16 @@ def test_what_the_user_gives_is_not_set_again(given):
     assert value(arguments, "max-num-seqs") == "2"
     assert sum(a.replace("_", "-").startswith("--max-num-seqs") for a in arguments) == 1
     assert "--kv-cache-memory-bytes" not in arguments
+
+
+def test_a_cpu_without_avx512_multiplies_float32(monkeypatch):
+    flags = compile_cpu.AVX2.needs
+    monkeypatch.setattr(serve.compile_cpu, "cpu_flags", lambda text: flags)
+    assert value(serve.serve_arguments("m", [], cpu=True, needle=True), "dtype") == "float32"
+    assert value(serve.serve_arguments("m", ["--dtype", "bfloat16"], cpu=True, needle=True), "dtype") == "bfloat16"
+    assert serve.fast_dtype(cpu=False) == "auto"
+    flags = compile_cpu.AVX512.needs
+    assert serve.fast_dtype(cpu=True) == "auto"
 
 
 def test_the_default_model_is_ours_and_its_absence_is_said(monkeypatch, tmp_path):
