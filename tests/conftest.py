@@ -6,7 +6,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 # Their cases share no fixture, so each goes to whichever worker is free; other files go as a whole.
-SPREAD = ("test_oracle_agreement.py", "test_keep_all.py")
+SPREAD = ("test_oracle_agreement.py", "test_architectures.py", "test_keep_all.py")
 
 # A core for each worker: engines bind their threads to the cores that they may use; without this,
 # those of two workers would share the first one.

@@ -44,7 +44,7 @@ LANE_SECONDS = "vllm:uniprefill_lane_busy_seconds_total"
 SETTLE_SECONDS = 120.0
 STOP_SECONDS = 660.0
 STOP_LENGTHS = (*[300] * 12, 3000, 3000)  # prompt tokens of the requests under way when the server is stopped
-STOP_TOKENS = 300  # that each of them generates
+STOP_TOKENS = 80  # that each of them generates
 
 
 def soak(seconds: float, log: Path, *, seed: int = 0, questions: int = 18) -> dict[str, Any]:

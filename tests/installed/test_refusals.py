@@ -165,7 +165,6 @@ OTHER_MODELS = {
         "n_routed_experts": 0,
         "first_k_dense_replace": 4,
     },
-    "hybrid": HYBRID,
     "encoder-decoder": {
         "architectures": ["WhisperForConditionalGeneration"],
         "model_type": "whisper",
@@ -207,9 +206,16 @@ def test_multimodal_model(model) -> None:
         config.uniprefill_config.verify_with(config)
 
 
-def test_mamba_align_caching(model, tmp_path) -> None:
-    """Refused with the models that have a mamba cache at all."""
-    assert_refused("hybrid", other_model(model, tmp_path / "m", HYBRID), mamba_cache_mode="align")
+def test_hybrid_model(model, tmp_path) -> None:
+    """Prefix caching, which is their default too, and drafts would need states of earlier tokens."""
+    hybrid = other_model(model, tmp_path / "m", HYBRID)
+    assert_refused("prefix caching for hybrid models; set --no-enable-prefix-caching", hybrid)
+    assert_refused("prefix caching for hybrid models", hybrid, mamba_cache_mode="align")
+    uncached = {"enable_prefix_caching": False}
+    drafts = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
+    assert_refused("speculation for hybrid models", hybrid, **uncached, **drafts)
+    config = configure(hybrid, {}, **uncached).uniprefill_config
+    assert [entry.layer for entry in config.selection_layers] == [1]
 
 
 @pytest.mark.parametrize(

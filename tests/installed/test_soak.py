@@ -15,12 +15,13 @@ from evals.soak.watch import growth
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(40, id="short", marks=pytest.mark.slow),
-        pytest.param(1800, id="30 minutes", marks=pytest.mark.long),
+        pytest.param((30, 6), id="short", marks=pytest.mark.slow),
+        pytest.param((1800, 18), id="30 minutes", marks=pytest.mark.long),
     ],
 )
 def result(request, tmp_path_factory):
-    return soak(request.param, tmp_path_factory.mktemp("soak") / "log")
+    seconds, questions = request.param
+    return soak(seconds, tmp_path_factory.mktemp("soak") / "log", questions=questions)
 
 
 def test_everything_that_was_to_happen_did(result) -> None:

@@ -16,12 +16,14 @@ from vllm.config import UniPrefillConfig
 from vllm.config.compilation import CompilationMode
 from vllm.config.uniprefill import DEFAULT_POOL_TOKENS, SelectionLayer
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models import registry
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.uniprefill.plan import (
     SegmentPlan,
     auto_selection_layers,
     check_selection_layers,
+    decoder_layer,
     layer_kinds,
     segment_of_layer_name,
 )
@@ -169,6 +171,13 @@ def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
     assert layer_kinds(hf_model(*types)) == [FULL, SLIDING, "chunked", LINEAR]
     assert layer_kinds(hf_model(layers=2)) == [FULL, FULL]
     assert layer_kinds(hf_model(layers=2, window=512)) == [SLIDING, SLIDING]
+    blocks = hf_model(layers=5)
+    blocks.hf_text_config.layers_block_type = ["mamba", "mlp", "attention", "moe", "hybrid"]
+    assert layer_kinds(blocks) == [LINEAR, "mlp", FULL, "mlp", FULL]
+
+
+def test_a_layers_name_says_where_it_is() -> None:
+    assert decoder_layer("model.layers.3.self_attn.attn", 8) == decoder_layer("model.11.mixer", 8) == 3
 
 
 @pytest.mark.parametrize(
@@ -182,10 +191,11 @@ def test_layer_kinds_come_from_the_layer_types_or_the_window() -> None:
             hf_model("full_attention", "linear_attention", "full_attention", "full_attention"),
             "layer 1 is a linear-attention layer; choose from the full-attention layers 0, 2 or",
         ),
+        ([1], hf_model("attention", "mlp", "attention"), "layer 1 has no attention; choose from"),
         (
             [0],
             hf_model("full_attention", "chunked_attention", "full_attention"),
-            "chunked-attention layers; serve a model with full and sliding-window attention only",
+            "chunked-attention layers; serve another model",
         ),
         ([], hf_model(layers=4, window=512), "no full-attention layer"),
         ([], hf_model(layers=2), "too few layers"),
@@ -279,6 +289,10 @@ def test_the_plan_follows_the_config(configure) -> None:
     assert SegmentPlan.from_vllm_config(config) == SegmentPlan(8, (2, 5))
     names = [f"model.layers.{i}.self_attn.attn" for i in range(8)]
     assert [segment_of_layer_name(config, name) for name in names] == [0, 0, 0, 1, 1, 1, 2, 2]
+    layers = config.compilation_config.static_forward_context
+    recurrent = type("Recurrent", (MambaBase,), dict.fromkeys(MambaBase.__abstractmethods__))
+    layers |= {names[4]: recurrent(), names[7]: SimpleNamespace(sliding_window=64)}
+    assert [segment_of_layer_name(config, name) for name in names] == [0, 0, 0, 1, 0, 1, 2, 0]
 
 
 def test_the_longest_pruned_prompt_fits_the_pool_or_one_step(configure) -> None:

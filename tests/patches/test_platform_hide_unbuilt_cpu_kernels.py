@@ -32,3 +32,17 @@ def test_linear_layers_and_attention_run_on_this_processor() -> None:
 
     assert not check_cpu_sgl_kernel(64, 64, torch.bfloat16)
     assert _get_attn_isa(torch.bfloat16, 32, 64) == "vec"
+
+
+def test_a_convolutions_weight_stays_as_it_is_where_its_kernel_was_not_built(monkeypatch) -> None:
+    """On a processor with AVX512-BF16, for which the release packs it."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    if hasattr(torch.ops._C, "causal_conv1d_weight_pack"):
+        pytest.skip("this library has it")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.randn(32, 1, 4, dtype=torch.bfloat16), requires_grad=False)
+    before = layer.weight.clone()
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    assert torch.equal(layer.weight, before)

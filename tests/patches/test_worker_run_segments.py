@@ -261,17 +261,16 @@ def make_rows(batch: InputBatch, *prompts: PromptRows) -> SegmentRows:
 
 
 def test_dropped_rows_leave_and_lengths_stay_dense() -> None:
-    """The request of 12 rows has 2 outputs; padded requests start where the rows end."""
+    """The request of 12 rows has 2 outputs."""
     batch = make_batch([1, 12, 4], [5, 0, 3], computed=[30, 0, 8])
-    padded = np.array([*batch.query_start_loc_np, 17, 17], dtype=np.int32)
-    batch.query_start_loc_np = padded
+    starts = batch.query_start_loc_np
     kept = torch.tensor([0, 1, 2, 9, 10, 11, 12, 13, 14, 15, 16], device=DEVICE)
     rows = make_rows(batch, make_prompt(batch, 1, 10, top_p=0.9)).leave(kept, [4])
     compact = rows.batch
     assert compact.num_scheduled_tokens.tolist() == [1, 6, 4]
     assert rows.num_rows == compact.num_tokens_after_padding == 11
     assert compact.query_start_loc.tolist() == [0, 1, 7, 11]
-    assert compact.query_start_loc_np.tolist() == [0, 1, 7, 11, 11, 11]
+    assert compact.query_start_loc_np.tolist() == [0, 1, 7, 11]
     assert rows.positions.tolist() == compact.positions.tolist() == [30, 0, 1, 8, 9, 10, 11, 8, 9, 10, 11]
     assert compact.is_padding.shape == (11,)
     assert (rows.prompts[0].num_prompt, rows.prompts[0].num_output) == (4, 2)
@@ -281,7 +280,7 @@ def test_dropped_rows_leave_and_lengths_stay_dense() -> None:
     assert again.step_rows.tolist() == [0, 2, 16]
     assert again.scatter(torch.ones(3, 1), 17).squeeze(1).nonzero().squeeze(1).tolist() == [0, 2, 16]
     assert batch.num_scheduled_tokens.tolist() == [1, 12, 4]  # the step's batch is untouched
-    assert batch.query_start_loc_np is padded and batch.num_tokens == 17
+    assert batch.query_start_loc_np is starts and batch.num_tokens == 17
 
 
 def describe(rows: SegmentRows) -> list[tuple]:
