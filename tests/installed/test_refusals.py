@@ -209,7 +209,7 @@ def test_multimodal_model(model) -> None:
 def test_hybrid_model(model, tmp_path) -> None:
     """Prefix caching, which is their default too, and drafts would need states of earlier tokens."""
     hybrid = other_model(model, tmp_path / "m", HYBRID)
-    assert_refused("prefix caching for hybrid models; set --no-enable-prefix-caching", hybrid)
+    assert_refused("prefix caching for hybrid models", hybrid)
     assert_refused("prefix caching for hybrid models", hybrid, mamba_cache_mode="align")
     uncached = {"enable_prefix_caching": False}
     drafts = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}

@@ -59,7 +59,8 @@ def test_a_segment_activates_before_its_metadata_are_built() -> None:
     rows = SimpleNamespace(batch=make_batch([1, 2], [0, 1]), slot_mapping=None, num_rows=3)
     cls = with_segments(DefaultModelState)
     state = cls.__new__(cls)
-    state.step, state.layer_names, state.transient_names = None, [[], []], [[], []]
+    state.step, state.segment_state = None, None
+    state.layer_names = state.transient_names = [[], []]
     state.metadata = SimpleNamespace(build=lambda *_, persistent: order.append("metadata") or {})
     state._enter_segment(1, rows)
     assert order == ["metadata"]
