@@ -270,7 +270,7 @@ class Traffic:
         return rng.choice(self.questions), rng.choice(list(VARIANTS))
 
     def random_body(self, question: NeedlePrompt, variant: str, rng: random.Random) -> dict[str, Any]:
-        return self.body(question, VARIANTS[variant], max_tokens=rng.choice((4, 4, 8, 30, 100)))
+        return self.body(question, VARIANTS[variant], max_tokens=rng.choice((4, 4, 8, 30)))
 
     def body(self, question: NeedlePrompt, xargs: dict[str, float], max_tokens: int) -> dict[str, Any]:
         return {

@@ -180,12 +180,25 @@ def test_an_unknown_part_is_refused(capsys) -> None:
     assert "'kernel' is none of checks, kernels" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_whole_call_at_a_tiny_size(tmp_path: Path) -> None:
-    """Every part on this machine; without a GPU this shows that the program works, no more."""
+@pytest.mark.parametrize(
+    ("only", "measured", "shown"),
+    [
+        pytest.param(["--only", "checks,ttft"], {"ttft"}, {"checks"}, id="two parts", marks=pytest.mark.slow),
+        pytest.param(
+            [],
+            {"kernels", "ttft", "breakdown", "interleave", "decode", "concurrency", "poisson"},
+            {"checks", "graphs"},
+            id="all parts",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_the_whole_call_at_a_tiny_size(only: list[str], measured: set[str], shown: set[str], tmp_path: Path) -> None:
+    """Its parts on this machine; without a GPU this shows that the program works, no more."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    assert cli.main(["--shape", "tiny", "--small", "--seconds", "3600", "--results", str(tmp_path)]) == 0
+    call = ["--shape", "tiny", "--small", "--seconds", "3600", "--results", str(tmp_path)]
+    assert cli.main([*call, *only]) == 0
     result = read(tmp_path / "bench-gpu-tiny")
-    assert {"kernels", "ttft", "breakdown", "interleave", "decode", "concurrency", "poisson"} <= set(result)
-    assert {"checks", "graphs"} <= set(result["gpu"])
+    assert measured <= set(result)
+    assert shown <= set(result["gpu"])
     assert all(found["run"] and not found["failed"] for found in result["gpu"].values())
