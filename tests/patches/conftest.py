@@ -88,7 +88,7 @@ def make_scheduler(configure: Callable[..., VllmConfig]) -> Callable[..., Schedu
     """
     import torch
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupRole, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import UNIPREFILL_ROLE, FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
     def make(
@@ -104,9 +104,9 @@ def make_scheduler(configure: Callable[..., VllmConfig]) -> Callable[..., Schedu
         config.cache_config.num_gpu_blocks = num_blocks
         register_all_kvcache_specs(config)
         spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        roles = [KVCacheGroupRole.UNIPREFILL if segment else KVCacheGroupRole.DEFAULT for segment in segments]
+        roles = [{"role": UNIPREFILL_ROLE} if segment else {} for segment in segments]
         groups = [
-            KVCacheGroupSpec([f"layer{i}"], spec, role=role, segment=segment)
+            KVCacheGroupSpec([f"layer{i}"], spec, segment=segment, **role)
             for i, (role, segment) in enumerate(zip(roles, segments, strict=True))
         ]
         return (cls or config.scheduler_config.get_scheduler_cls())(

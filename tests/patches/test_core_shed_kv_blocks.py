@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupRole
+from vllm.v1.kv_cache_interface import UNIPREFILL_ROLE, FullAttentionSpec, KVCacheGroupRole
 from vllm.v1.request import RequestStatus
 from vllm.v1.uniprefill.kv_groups import MAX_GROUPS, MAX_PADDING, plan_groups
 
@@ -94,9 +94,9 @@ def test_layers_are_divided_in_depth_order(configure) -> None:
     groups = get_kv_cache_groups(config, specs())
     assert [(len(group.layer_names), group.role, group.segment) for group in groups] == [
         (2, KVCacheGroupRole.DEFAULT, 0),
-        (2, KVCacheGroupRole.UNIPREFILL, 1),
-        (2, KVCacheGroupRole.UNIPREFILL, 1),
-        (2, KVCacheGroupRole.UNIPREFILL, 2),
+        (2, UNIPREFILL_ROLE, 1),
+        (2, UNIPREFILL_ROLE, 1),
+        (2, UNIPREFILL_ROLE, 2),
     ]
     assert [name for group in groups for name in group.layer_names] == list(specs())
     stock = get_kv_cache_groups(configure(None), specs())
