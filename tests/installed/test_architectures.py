@@ -6,15 +6,13 @@ layers take bfloat16 only, so there the error may be what the same request's is 
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from engines import engine, generate, recorded_selections
-from oracle.families import VOCAB, make_family_checkpoint
+from oracle.families import make_family_checkpoint
 from oracle.forward import ForwardOracle
 from oracle.selection import SelectionRule
-from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, relative_error
+from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, random_prompt, relative_error
 from test_random_traffic import assert_nothing_left
 from vllm import SamplingParams, TokensPrompt
 
@@ -25,10 +23,6 @@ CONFIG = {"min_prompt_tokens": 200, "block_size": 16, "num_queries": 16, "keep_r
 MAX_ERROR_IN_FLOAT32 = 1e-4
 LANE = 256  # tokens a step
 WHOLE = 1024
-
-
-def random_prompt(num_tokens: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(VOCAB), k=num_tokens)
 
 
 def open_engine(path, budget: int, dtype: str = "float32"):
