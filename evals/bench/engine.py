@@ -33,7 +33,7 @@ GPU_DEFAULTS = {"max_num_batched_tokens": 8192, "compilation_config": {"cudagrap
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine with vLLM's default number of tokens a step: longer prompts take several.
+    """An engine of the benchmark.
 
     Attributes:
         cuts: its selection layers.
@@ -41,6 +41,7 @@ class EngineSpec:
         new: tokens to generate.
         seqs: requests that run together.
         resident: how many of the longest prompts the KV cache holds.
+        budget: tokens a step, longer prompts take several; None: vLLM's default.
 
     """
 
@@ -49,6 +50,7 @@ class EngineSpec:
     new: int = 1
     seqs: int = 8
     resident: int = 1
+    budget: int | None = None
 
     def arguments(self, model: Path, load_format: str) -> dict[str, Any]:
         """Of LLM(...), but for UniPrefill's config."""
@@ -57,7 +59,8 @@ class EngineSpec:
         # A prompt of the model's full length still gets its tokens.
         positions = max(config["max_position_embeddings"], max_model_len)
         tokens = max_model_len * self.resident * 9 // 8 + 4096
-        return {
+        budget = {} if self.budget is None else {"max_num_batched_tokens": self.budget}
+        return budget | {
             "model": str(model),
             "load_format": load_format,
             "dtype": "bfloat16",
@@ -210,12 +213,13 @@ class Bench:
 
     def arguments(self, spec: EngineSpec) -> dict[str, Any]:
         arguments = spec.arguments(self.folder, self.load_format)
-        return arguments if self.device == "cpu" else arguments | GPU_DEFAULTS
+        return arguments if self.device == "cpu" else GPU_DEFAULTS | arguments
 
     @contextmanager
     def started(self, spec: EngineSpec) -> Iterator[Bench]:
         """The bench with an engine."""
-        say(f"starting an engine for {spec.seqs} requests, cuts after {','.join(map(str, spec.cuts))}")
+        budget = f", {spec.budget} tokens a step" if spec.budget else ""
+        say(f"starting an engine for {spec.seqs} requests, cuts after {','.join(map(str, spec.cuts))}{budget}")
         config = {"selection_layers": list(spec.cuts)}
         with engine(self.arguments(spec) | {"uniprefill_config": config, "enforce_eager": self.device == "cpu"}) as llm:
             yield replace(self, llm=llm, cuts=spec.cuts)

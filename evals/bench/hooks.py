@@ -18,6 +18,11 @@ def set_top_p_over(llm: LLM, value: str) -> None:
     llm.llm_engine.vllm_config.uniprefill_config.top_p_over = value
 
 
+def step_budget(llm: LLM) -> int:
+    """Tokens a step."""
+    return llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+
+
 def captured_graphs(llm: LLM) -> int:
     """How many CUDA graphs the engine holds."""
     worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker

@@ -110,6 +110,7 @@ class Shape:
         config: the model's Hugging Face config, for dummy weights; None: the needle model.
         lengths: prompt tokens of the part ttft.
         efficiency_lengths: of the parts efficiency and breakdown; interleave uses the last.
+        budgets: tokens a step in the part interleave; None: vLLM's default.
         prune_by: what the part ttft prunes by.
         traffic_length: prompt tokens of the part concurrency, and of the long prompts of poisson.
         kernel_lengths: prompt tokens of the part kernels.
@@ -125,13 +126,25 @@ class Shape:
     prune_by: Literal["top_p", "keep_ratio"] = "keep_ratio"
     traffic_length: int = 16384
     kernel_lengths: tuple[int, ...] = (32768, 65536, 131072)
+    budgets: tuple[int | None, ...] = (None,)
 
 
 NEEDLE_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("needle", (1, 3, 5), None, NEEDLE_LENGTHS, (8192, 16384), 0.2, "top_p", 4096, (4096, 16384)),
+        Shape(
+            "needle",
+            (1, 3, 5),
+            None,
+            NEEDLE_LENGTHS,
+            (8192, 16384),
+            0.3,
+            "top_p",
+            4096,
+            (4096, 16384),
+            (2048, 4096, 20480),
+        ),
         Shape("llama-3.1-8b", (7,), LLAMA_CONFIG),
         Shape("tiny", (1, 3), TINY_CONFIG, (1024, 2048), (2048,), 0.3, "keep_ratio", 1024, (1024,)),
     )

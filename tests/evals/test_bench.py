@@ -11,6 +11,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import vllm  # noqa: F401  before torch: on a CPU it chooses Triton's interpreter
@@ -59,7 +60,7 @@ def make_report(*segments: tuple[int, int, int]) -> dict:
 def make_bench(llm=None, model: shapes.ModelShape = LLAMA, **options: int) -> engine.Bench:
     """Of the shape tiny, with keep_ratio .25."""
     shape = replace(shapes.SHAPES["tiny"], keep_ratio=0.25, efficiency_lengths=(4096,))
-    args = argparse.Namespace(**{"repeats": 2, "arrivals": 8} | options)
+    args = argparse.Namespace(**{"repeats": 2, "arrivals": 8, "top_p": 0.99} | options)
     prompts = shapes.Prompts(needle=False, vocabulary=50)
     return engine.Bench(shape, Path(), "dummy", model, prompts, "cpu", args, {}, llm, (3,))
 
@@ -350,7 +351,9 @@ class ToyEngine:
 
 
 def toy_bench() -> engine.Bench:
-    return make_bench(type("Llm", (), {"llm_engine": ToyEngine()})(), TINY)
+    llm = type("Llm", (), {"llm_engine": ToyEngine()})()
+    llm.llm_engine.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=512))
+    return make_bench(llm, TINY)
 
 
 def test_requests_are_sent_when_they_are_due() -> None:
@@ -379,21 +382,56 @@ def test_concurrency_keeps_every_prompts_time() -> None:
     assert len(row["gain"]["paired"]["values"]) == 2
 
 
-def test_a_prompt_beside_decodes_is_timed_with_their_gaps() -> None:
+def test_a_prompt_is_timed_alone_and_beside_decodes_with_their_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = toy_bench()
+    alone = []
+
+    def run(self, tokens: int, seed: int, variant: engine.Variant) -> engine.Sample:
+        alone.append((tokens, seed, variant.name))
+        return engine.Sample(0.5 if variant.pruned else 1.0, 1, {})
+
+    monkeypatch.setattr(engine.Bench, "run", run)
     row = interleave.measure_length(bench, 2000)
-    assert len(bench.llm.llm_engine.came) == 3 * 2 * (interleave.DECODES + 1), "a warm-up and two repetitions"
+    ways = ("dense", "keep_ratio 0.25", "top_p 0.99 all")
+    assert tuple(row["ways"]) == ways and tuple(row["gains"]) == ways[1:]
+    assert len(bench.llm.llm_engine.came) == 3 * 3 * (interleave.DECODES + 1), "a warm-up and two repetitions"
     assert not bench.llm.llm_engine.running, "the decodes are aborted"
-    assert row["layer_ratio"] == 2
-    for way in ("dense", "pruned"):
-        assert all(len(row[way][what]["values"]) == 2 for what in interleave.TIMES)
-        assert row[way]["gap_max"]["median"] >= row[way]["gap_p50"]["median"] > 0
+    assert sorted(name for tokens, _, name in alone if tokens == 2000) == sorted(2 * ways)
+    assert row["layer_ratio"] == 2 and row["budget"] == 512
+    assert row["gains"]["keep_ratio 0.25"]["alone"]["ratio"] == 2
+    for way in ways:
+        assert all(len(row["ways"][way][what]["values"]) == 2 for what in interleave.TIMES)
+        assert row["ways"][way]["gap_max"]["median"] >= row["ways"][way]["gap_p50"]["median"] > 0
+
+
+def test_a_decode_that_waits_for_the_prompt_stops_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = ToyEngine.step
+
+    def starving(self) -> list[Output]:
+        made = step(self)
+        return made[1:] if len(made) > interleave.DECODES else made
+
+    monkeypatch.setattr(ToyEngine, "step", starving)
+    with pytest.raises(RuntimeError, match="dense at 2000 tokens: a decode got no token in a step"):
+        interleave.beside_decodes(toy_bench(), 2000, 1, engine.DENSE)
 
 
 def test_a_prompt_that_took_one_step_promises_nothing_to_decodes() -> None:
     result = made_result()
-    result["interleave"][0]["dense"]["steps"] = 1
+    del result["interleave"][0]
     assert list(interleave.expectations(result)) == []
+
+
+def test_a_lane_is_held_against_one_step() -> None:
+    result = made_result()
+    lane, whole = result["interleave"]
+    assert [row["met"] for row in interleave.expectations(result)] == [True] * 4
+    lane["ways"]["keep_ratio 0.2"]["gap_max"]["median"] = 1.2
+    lane["gains"]["keep_ratio 0.2"]["alone"]["ratio"] = 3.0
+    missed = [row["measured"] for row in interleave.expectations(result) if not row["met"]]
+    assert missed == ["0.30", "3.00x of 4.00x: 0.75"]
+    result["interleave"] = [lane]
+    assert len(list(interleave.expectations(result))) == 2, "nothing to hold it against"
 
 
 def test_the_mix_plays_the_same_arrivals_dense_and_pruned() -> None:
@@ -603,14 +641,19 @@ def made_result(device: str = "cpu") -> dict:
         "interleave": [
             where
             | {
+                "budget": budget,
                 "decodes": interleave.DECODES,
                 "layer_ratio": 8 / 3,
-                "gains": {what: arithmetic.compare([4.0, 4.2], [1.0, 1.1]) for what in interleave.TIMES},
-                **{
-                    name: {"steps": 4} | {what: arithmetic.spread([1.0, 1.1]) for what in interleave.TIMES}
-                    for name in ("dense", "pruned")
+                "gains": {
+                    "keep_ratio 0.2": {what: arithmetic.compare([4.0, 4.2], [1.0, 1.1]) for what in interleave.TIMES}
+                    | {"alone": arithmetic.compare([4.0, 4.0], [1.0, 1.0])}
+                },
+                "ways": {
+                    name: {"steps": steps} | {what: arithmetic.spread([gap, gap]) for what in interleave.TIMES}
+                    for name in ("dense", "keep_ratio 0.2")
                 },
             }
+            for budget, steps, gap in ((4096, 4, 1.0), (20480, 1, 4.0))
         ],
         "concurrency": [
             {
@@ -661,7 +704,7 @@ def expected(result: dict) -> list[dict]:
 
 
 # ttft, efficiency, breakdown, interleave, concurrency, kernels, decode
-@pytest.mark.parametrize(("device", "count"), [("cpu", 4 + 1 + 1 + 2 + 3 + 0 + 3), ("cuda", 2 + 1 + 2 + 2 + 3 + 2 + 3)])
+@pytest.mark.parametrize(("device", "count"), [("cpu", 4 + 1 + 1 + 4 + 3 + 0 + 3), ("cuda", 2 + 1 + 2 + 4 + 3 + 2 + 3)])
 def test_a_good_result_meets_every_expectation(device: str, count: int) -> None:
     found = expected(made_result(device))
     assert len(found) == count
@@ -678,7 +721,7 @@ def test_what_falls_short_is_missed() -> None:
     slow = {decode.PRUNED: [0.02, 0.021], decode.DENSE: [0.01, 0.011], decode.PRISTINE: [0.005, 0.005]}
     result["decode"]["contexts"][0]["compared"] = decode.comparisons(slow)
     result["concurrency"][0]["gain"]["ratio"] = 0.9
-    result["interleave"][0]["gains"]["gap_max"]["ratio"] = 1.9
+    result["interleave"][0]["gains"]["keep_ratio 0.2"]["gap_max"]["ratio"] = 1.9
     missed = [row["expectation"] for row in expected(result) if not row["met"]]
     assert len(missed) == 2 + 1 + 1 + 1 + 2 + 1 + 1, missed
 

@@ -91,8 +91,9 @@ def test_ways_alternate_and_every_round_begins_with_another() -> None:
 
 @pytest.mark.parametrize(("first", "met"), [(0.1, True), (0.2, True), (0.22, False)])
 def test_short_requests_must_not_wait_longer_than_dense_ones(first: float, met: bool) -> None:
-    ttft, itl = load.expectations({"load": [made_row(first)]})
+    ttft, itl, *over_no_flag = load.expectations({"load": [made_row(first)]})
     assert ttft["met"] is met and itl["met"] is True
+    assert [row["met"] for row in over_no_flag] == [met, True]
     assert "TTFT p99" in ttft["expectation"] and "0.5 requests/s" in ttft["expectation"]
     assert ttft["measured"].startswith(f"{0.2 / first:.2f}"), "above 1 pruned is faster"
 
