@@ -1,6 +1,6 @@
 """Every Triton kernel of ours against plain torch, on random inputs between guard bands.
 
-On a GPU: bf16 and fp16, heads of 64, 128 and 256, 1 to 16 query heads a KV head, packed batches, lengths up to 128K;
+On a GPU: bf16 and fp16, heads of 64, 128, 256 and 576, 1 to 16 query heads a KV head, packed batches, lengths up to 128K;
 also that no length compiles a kernel anew. Everywhere a few small cases, in Triton's interpreter where there is no GPU.
 KERNEL_SEED draws other cases.
 """
@@ -73,6 +73,7 @@ def mass_cases(small: bool, on_gpu: bool = DEVICE == "cuda", seed: int = SEED) -
         cases.append(MassCase(dtype, dim, group, kv_heads, packed, soft_cap, sinks, heads, second_hop=True))
         if not small:
             cases.append(MassCase(dtype, dim, group, kv_heads, ((LONG - source.randrange(64), 128),)))
+        cases += [MassCase(dtype, 576, 4 if small else 16, 1, packed)]  # MLA's latent and RoPE part
     source.shuffle(cases)
     return cases
 
@@ -323,7 +324,7 @@ def test_a_fault_in_lengths_and_slots_does_not_pass(monkeypatch: pytest.MonkeyPa
 def test_the_cases_on_a_gpu_cover_what_is_promised() -> None:
     cases = mass_cases(small=False, on_gpu=True, seed=11)
     assert {case.dtype for case in cases} == {torch.bfloat16, torch.float16}
-    assert {case.head_dim for case in cases} == {64, 128, 256}
+    assert {case.head_dim for case in cases} == {64, 128, 256, 576}
     assert {case.group for case in cases} == {1, 2, 4, 8, 16}
     longest = [max(tokens for tokens, _ in case.prompts) for case in cases]
     assert max(longest) > 131_000 and any(len(case.prompts) == 3 for case in cases)

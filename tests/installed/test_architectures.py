@@ -41,6 +41,7 @@ def open_engine(path, budget: int, dtype: str = "float32"):
         ("granitemoehybrid", LANE),
         ("gemma2", WHOLE),
         ("gpt_oss", LANE),
+        ("deepseek_v2", WHOLE),
     ],
 )
 def test_agrees_with_oracle(family: str, budget: int, tmp_path) -> None:

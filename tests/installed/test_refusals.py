@@ -153,18 +153,29 @@ HYBRID = {
     "ssm_state_size": 16,
     "n_groups": 1,
 }
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 OTHER_MODELS = {
-    "MLA": {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "kv_lora_rank": 32,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 16,
-        "n_routed_experts": 0,
-        "first_k_dense_replace": 4,
-    },
+    "sparse attention": {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "index_topk": 64,
+        "index_n_heads": 2,
+        "index_head_dim": 32,
+        "q_lora_rank": 32,
+    }
+    | LATENT,
+    "hybrid models with MLA": {
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        "linear_attn_config": {
+            "kda_layers": [1, 2, 3],
+            "full_attn_layers": [4],
+            "num_heads": 2,
+            "head_dim": 32,
+            "short_conv_kernel_size": 4,
+        },
+    }
+    | LATENT,
     "encoder-decoder": {
         "architectures": ["WhisperForConditionalGeneration"],
         "model_type": "whisper",

@@ -41,6 +41,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }
     | _MAMBA2,
     "gemma2": {"sliding_window": 256, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
+    # Only this size of latent and RoPE part has a CPU kernel.
+    "deepseek_v2": {
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_theta": 10000.0,
+    },
     "gpt_oss": {"sliding_window": 128, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
