@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evals.bench import concurrency, decode, efficiency, gain, interleave, kernels, overhead, traffic
+from evals.bench import cache, concurrency, decode, efficiency, gain, interleave, kernels, overhead, traffic
 from evals.bench.engine import Bench, EngineSpec, prepare_environment, resolved_cuts
 from evals.bench.report import Part, Result, require_matplotlib, write
 from evals.bench.shapes import NEEDLE_MODEL, SHAPES, ModelShape, Prompts, Shape, model_folder, model_name, read_config
@@ -48,6 +48,7 @@ PARTS = (
     overhead.PART,
     interleave.PART,
     concurrency.PART,
+    cache.PART,
     traffic.PART,
     kernels.PART,
     decode.PART,

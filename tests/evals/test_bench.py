@@ -20,6 +20,7 @@ from evals import provenance
 from evals.bench import __main__ as cli
 from evals.bench import (
     arithmetic,
+    cache,
     concurrency,
     decode,
     efficiency,
@@ -382,6 +383,15 @@ def test_concurrency_keeps_every_prompts_time() -> None:
     assert len(row["gain"]["paired"]["values"]) == 2
 
 
+def test_prompts_side_by_side_are_those_between_their_first_and_last_token() -> None:
+    times = [(1.0, 4.0), (2.0, 3.0), (3.0, 5.0), (3.5, 6.0)]
+    served = [play.Served(play.Arrival(0, [1], play.LONG, 2), list(pair)) for pair in times]
+    assert cache.side_by_side(served) == 3, "the second ended when the third began"
+    row = cache.measure_length(toy_bench(), 2000)
+    assert row["side_by_side"]["pruned"]["values"] == [cache.PROMPTS] * 2
+    assert len(row["seconds"]["dense"]["values"]) == 2 and row["new_tokens"] == cache.NEW_TOKENS
+
+
 def test_a_prompt_is_timed_alone_and_beside_decodes_with_their_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = toy_bench()
     alone = []
@@ -666,6 +676,15 @@ def made_result(device: str = "cpu") -> dict:
             }
             for together in concurrency.COUNTS
         ],
+        "cache": [
+            where
+            | {
+                "prompts": cache.PROMPTS,
+                "side_by_side": {"dense": arithmetic.spread([3, 3]), "pruned": arithmetic.spread([6, 7])},
+                "seconds": {"dense": arithmetic.spread([3.0, 3.2]), "pruned": arithmetic.spread([1.5, 1.6])},
+                "gain": arithmetic.compare([3.0, 3.2], [1.5, 1.6]),
+            }
+        ],
         "poisson": [made_poisson()],
         "ceilings": {"bytes_per_second": 3e12, "flops_per_second": 7e14, "dtype": "bfloat16"},
         "kernels": [
@@ -703,8 +722,10 @@ def expected(result: dict) -> list[dict]:
     return [row for part in cli.PARTS for row in part.expectations(result)]
 
 
-# ttft, efficiency, breakdown, interleave, concurrency, kernels, decode
-@pytest.mark.parametrize(("device", "count"), [("cpu", 4 + 1 + 1 + 4 + 3 + 0 + 3), ("cuda", 2 + 1 + 2 + 4 + 3 + 2 + 3)])
+# ttft, efficiency, breakdown, interleave, concurrency, cache, kernels, decode
+@pytest.mark.parametrize(
+    ("device", "count"), [("cpu", 4 + 1 + 1 + 4 + 3 + 1 + 0 + 3), ("cuda", 2 + 1 + 2 + 4 + 3 + 1 + 2 + 3)]
+)
 def test_a_good_result_meets_every_expectation(device: str, count: int) -> None:
     found = expected(made_result(device))
     assert len(found) == count
@@ -721,9 +742,10 @@ def test_what_falls_short_is_missed() -> None:
     slow = {decode.PRUNED: [0.02, 0.021], decode.DENSE: [0.01, 0.011], decode.PRISTINE: [0.005, 0.005]}
     result["decode"]["contexts"][0]["compared"] = decode.comparisons(slow)
     result["concurrency"][0]["gain"]["ratio"] = 0.9
+    result["cache"][0]["side_by_side"]["pruned"]["median"] = 3
     result["interleave"][0]["gains"]["keep_ratio 0.2"]["gap_max"]["ratio"] = 1.9
     missed = [row["expectation"] for row in expected(result) if not row["met"]]
-    assert len(missed) == 2 + 1 + 1 + 1 + 2 + 1 + 1, missed
+    assert len(missed) == 2 + 1 + 1 + 1 + 2 + 1 + 1 + 1, missed
 
 
 def test_a_slow_selection_is_missed() -> None:

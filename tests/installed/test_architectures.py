@@ -42,6 +42,7 @@ def open_engine(path, budget: int, dtype: str = "float32"):
         ("gemma2", WHOLE),
         ("gpt_oss", LANE),
         ("deepseek_v2", WHOLE),
+        ("deepseek_v3", WHOLE),
     ],
 )
 def test_agrees_with_oracle(family: str, budget: int, tmp_path) -> None:
@@ -59,6 +60,9 @@ def test_agrees_with_oracle(family: str, budget: int, tmp_path) -> None:
     assert pruned.uniprefill["outcome"] == "pruned"
     assert (pruned.uniprefill["steps"] > 1) == (budget == LANE)
     assert len(kept[-1]) <= 0.55 * NUM_PROMPT
+    if family.startswith("deepseek"):  # has blocks of 16 tokens
+        _, *later = pruned.uniprefill["kv_blocks"]
+        assert later and all(group["returned"] > 10 for group in later)
     if budget == WHOLE:
         assert torch.equal(logits_of(dense), logits_of(whole))
 

@@ -17,10 +17,15 @@ _DELTA_NET = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_co
 _DELTA_NET |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "mlp_only_layers": []}
 _EXPERTS |= {"shared_expert_intermediate_size": 128, "decoder_sparse_step": 1}
+# Only this size of latent and RoPE part has a CPU kernel.
+_LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
+_LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+_LATENT |= {"moe_intermediate_size": 128, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 
 # Model type -> what its config has beside the common shape.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 2} | _DELTA_NET | _EXPERTS,
+    "qwen3_5_text": {"layer_types": [*["linear_attention"] * 3, "full_attention"] * 2} | _DELTA_NET,
     "nemotron_h": {
         "hybrid_override_pattern": "M-M*-M*M-M*-",
         "num_hidden_layers": 12,
@@ -41,25 +46,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }
     | _MAMBA2,
     "gemma2": {"sliding_window": 256, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
-    # Only this size of latent and RoPE part has a CPU kernel.
-    "deepseek_v2": {
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 512,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 64,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 64,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-        "moe_intermediate_size": 128,
-        "first_k_dense_replace": 1,
-        "norm_topk_prob": False,
-        "topk_method": "greedy",
-        "n_group": 1,
-        "topk_group": 1,
-        "rope_theta": 10000.0,
-    },
+    "deepseek_v2": {"q_lora_rank": None, "topk_method": "greedy"} | _LATENT,
+    "deepseek_v3": {"q_lora_rank": 128, "norm_topk_prob": True, "routed_scaling_factor": 2.5} | _LATENT,
     "gpt_oss": {"sliding_window": 128, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 
@@ -85,7 +73,7 @@ def make_family_checkpoint(path: Path, family: str) -> Path:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if name.endswith(("q_proj.weight", "q_b_proj.weight", "k_proj.weight")):
                 weight.data *= 12
             elif name.endswith("o_proj.weight") and family == "qwen3_next":
                 weight.data *= 12  # half of what its attention hands on is gated away

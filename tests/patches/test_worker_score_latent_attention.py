@@ -81,7 +81,9 @@ def latent_spec(kind=MLAAttentionSpec, **others):
 def test_groups_of_latent_layers_return_blocks() -> None:
     names = [f"model.layers.{i}.self_attn.attn" for i in range(8)]
     groups = kv_groups._divide([KVCacheGroupSpec(names, latent_spec())], SegmentPlan(8, (1, 3, 5)))
-    assert [(group.role == UNIPREFILL_ROLE, len(group.layer_names)) for group in groups] == [(False, 2)] + [(True, 2)] * 3
+    assert [(group.role == UNIPREFILL_ROLE, len(group.layer_names)) for group in groups] == [(False, 2)] + [
+        (True, 2)
+    ] * 3
     assert [group.segment for group in groups] == [0, 1, 2, 3]
 
 
