@@ -144,7 +144,9 @@ def test_no_process_of_a_stopped_part_stays(tmp_path: Path, toy) -> None:
     part = cli.Part("x", ("forks",), 1)
     problem, _ = cli.run(part, tmp_path, 1.5, lambda: None)
     assert problem.startswith("stopped")
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "4711"]]
+    killed = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "4711"]]
+    _, alive = psutil.wait_procs(killed, timeout=30)  # a killed process takes a moment to go
+    assert not alive
 
 
 @pytest.mark.parametrize("outcome", ["failure", "error"])
