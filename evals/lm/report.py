@@ -140,7 +140,7 @@ def draw_score(axis: Any, length: int, rows: Sequence[dict[str, Any]]) -> None:
         axis.plot(
             [row["computed"] for row in found], [row["pruned"] for row in found], "o-", color=f"C{i}", label=method
         )
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.05)
     draw_computed(axis, f"{size_label(length)}: mean score")
 
 
