@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--selection-layers", type=numbers, metavar="N,N", help="cut after these layers (default: the shape's)")
     add("--top-p", type=share_argument, default=0.99, help=shown)
     add("--keep-ratio", type=share_argument, help="(default: the shape's, .3)")
-    add("--traffic-length", type=int, metavar="N", help="prompt tokens of concurrency and poisson's long ones")
+    add("--traffic-length", type=int, metavar="N", help="prompt tokens of concurrency, cache and poisson's long ones")
     add("--kernel-lengths", type=numbers, metavar="N,N", help="keys of the part kernels (default: the shape's)")
     add("--arrivals", type=count_argument, default=24, help=f"requests of poisson {shown}")
     add("--decode-rounds", type=count_argument, default=3, help=shown)

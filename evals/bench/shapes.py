@@ -112,7 +112,7 @@ class Shape:
         efficiency_lengths: of the parts efficiency and breakdown; interleave uses the last.
         budgets: tokens a step in the part interleave; None: vLLM's default.
         prune_by: what the part ttft prunes by.
-        traffic_length: prompt tokens of the part concurrency, and of the long prompts of poisson.
+        traffic_length: prompt tokens of the parts concurrency and cache, and of the long prompts of poisson.
         kernel_lengths: prompt tokens of the part kernels.
 
     """

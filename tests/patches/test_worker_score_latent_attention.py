@@ -15,6 +15,7 @@ from vllm.v1.uniprefill import kv_groups
 from vllm.v1.uniprefill.plan import SegmentPlan
 from vllm.v1.uniprefill.selection import SelectionSpec, block_mass
 from vllm.v1.uniprefill.selection.mass import block_mass_reference
+from vllm.v1.uniprefill.selection.mass_triton import block_mass_triton
 from vllm.v1.worker.gpu.uniprefill.scoring import Scorer
 
 HEADS, NOPE, ROPE, LATENT = 4, 24, 8, 48
@@ -64,14 +65,8 @@ def test_keys_wider_than_a_tile_have_the_reference_s_masses(head_size: int) -> N
     key = torch.randn(440, 1, head_size, generator=generator).to(DEVICE)
     specs = [SelectionSpec(3, 200, 2, 40, top_p=0.9), SelectionSpec(210, 230, 0, 5, top_p=0.9)]
     options = {"block_size": 48, "scale": head_size**-0.5}
-    found = kernel_mass(query, key, specs, **options)
+    found = block_mass_triton(query, key, specs, **options)
     torch.testing.assert_close(found, block_mass_reference(query, key, specs, **options), rtol=1e-4, atol=1e-5)
-
-
-def kernel_mass(*args, **options) -> torch.Tensor:
-    from vllm.v1.uniprefill.selection.mass_triton import block_mass_triton
-
-    return block_mass_triton(*args, **options)
 
 
 def latent_spec(kind=MLAAttentionSpec, **others):
