@@ -352,6 +352,17 @@ class Held:
         return self.kept is not None
 
 
+@dataclass
+class SimulatedLane:
+    """Its prompt, tokens alive on entry to each segment, where it is, what is left there, and where it last ran."""
+
+    req_id: str
+    counts: list[int]
+    segment: int = 0
+    left: int = 0
+    ran: int = 0
+
+
 class SimulatedWorker:
     """Keeps counters and block tables as the model runner does, and runs the lane's rows as they are granted.
 
@@ -361,11 +372,11 @@ class SimulatedWorker:
     def __init__(self, rng: random.Random, segments: tuple[int, ...]) -> None:
         self.rng, self.segments = rng, segments
         self.held: dict[str, Held] = {}
-        self.lane: tuple[str, list[int], int] | None = None  # prompt, counts and rows left
+        self.lane: SimulatedLane | None = None
 
     def remove(self, req_id: str) -> None:
         self.held.pop(req_id, None)
-        if self.lane and self.lane[0] == req_id:
+        if self.lane and self.lane.req_id == req_id:
             self.lane = None
 
     def run(self, step: SchedulerOutput) -> ModelRunnerOutput:
@@ -385,7 +396,7 @@ class SimulatedWorker:
             for table, more in zip(self.held[req_id].tables, blocks or (), strict=bool(blocks)):
                 table.extend(more)
         plan = step.uniprefill or StepPlan()
-        kept, sampled = {}, []
+        kept, waiting, sampled = {}, {}, []
         for req_id, num_tokens in step.num_scheduled_tokens.items():
             held = self.held[req_id]
             if req_id in plan.whole:
@@ -394,7 +405,8 @@ class SimulatedWorker:
             held.computed += num_tokens
             sampled.append([7] if held.computed >= held.num_tokens else [])
             if plan.lane and plan.lane.req_id == req_id:
-                kept |= self.advance(plan.lane, held, step.total_num_scheduled_tokens - num_tokens)
+                if counts := self.advance(plan.lane, held, step.total_num_scheduled_tokens - num_tokens):
+                    (kept if self.lane.segment == len(self.lane.counts) else waiting)[req_id] = counts
                 if plan.lane.takes_back:
                     held.computed -= 1
                     sampled[-1] = []
@@ -408,7 +420,7 @@ class SimulatedWorker:
             self.held[req_id].kept = counts
         ids = list(step.num_scheduled_tokens)
         return ModelRunnerOutput(
-            ids, {req_id: i for i, req_id in enumerate(ids)}, sampled_token_ids=sampled, uniprefill_kept=kept
+            ids, {req_id: i for i, req_id in enumerate(ids)}, sampled_token_ids=sampled, uniprefill_kept=kept | waiting
         )
 
     def choose(self, held: Held) -> list[int]:
@@ -417,22 +429,38 @@ class SimulatedWorker:
 
     def live(self, held: Held) -> list[int]:
         """The blocks that hold its tokens, or are about to."""
-        counts = held.kept or [held.num_prompt] * 3
+        counts, ran = held.kept or [held.num_prompt] * 3, 2
+        if self.lane and held is self.held.get(self.lane.req_id):
+            counts, ran = self.lane.counts, self.lane.ran
         num_blocks = -(-max(held.computed, held.num_prompt * bool(held.kept)) // KV_BLOCK)
-        first = [(counts[0] - counts[segment]) // KV_BLOCK for segment in self.segments]
-        return [block for table, start in zip(held.tables, first, strict=True) for block in table[start:num_blocks]]
+        found = []
+        for table, segment in zip(held.tables, self.segments, strict=True):
+            if segment <= ran:
+                assert len(table) >= num_blocks
+                found += table[(counts[0] - counts[segment]) // KV_BLOCK : num_blocks]
+        return found
 
-    def advance(self, grant: LaneGrant, held: Held, others: int) -> dict[str, list[int]]:
+    def advance(self, grant: LaneGrant, held: Held, others: int) -> list[int]:
+        """Run the rows granted: what is alive, if the prompt is done or comes to a segment without blocks."""
         assert 0 <= grant.rows <= BUDGET - others
-        if self.lane is None or self.lane[0] != grant.req_id:
-            counts = self.choose(held)
-            self.lane = (grant.req_id, counts, sum(counts[1:]))
+        if self.lane is None or self.lane.req_id != grant.req_id:
+            self.lane = SimulatedLane(grant.req_id, self.choose(held))
+        lane = self.lane
         assert grant.takes_back == (held.computed == held.num_prompt)
-        req_id, counts, left = self.lane
-        if not grant.takes_back or left <= 0:
-            return {}
-        self.lane = (req_id, counts, left - grant.rows)
-        return {req_id: counts} if left <= grant.rows else {}
+        if not grant.takes_back:
+            return []
+        rows, before = grant.rows, lane.segment
+        end = len(lane.counts) if grant.num_segments is None else grant.num_segments
+        if lane.segment == 0:
+            lane.segment = 1
+            lane.left = lane.counts[1]
+        while rows and lane.segment < end:
+            num_rows = min(rows, lane.left)
+            rows, lane.left, lane.ran = rows - num_rows, lane.left - num_rows, lane.segment
+            if lane.left == 0:
+                lane.segment += 1
+                lane.left = lane.counts[lane.segment] if lane.segment < len(lane.counts) else 0
+        return lane.counts[: lane.segment + 1] if before < lane.segment >= end else []
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import UNIPREFILL_ROLE, FullAttentionSpec, KVCacheGroupRole
 from vllm.v1.request import RequestStatus
 from vllm.v1.uniprefill.kv_groups import MAX_GROUPS, MAX_PADDING, plan_groups
+from vllm.v1.uniprefill.step_plan import StepPlan
 
 UNIPREFILL = {"top_p": 0.9, "selection_layers": [1, 4], "min_prompt_tokens": 64, "pool_tokens": 900}
 SEGMENTS = (0, 1, 1, 2)
@@ -146,6 +147,108 @@ def test_blocks_come_back_when_the_scheduler_hears_of_them(make, make_request, f
     finish_step(scheduler, step)
     scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
     assert free_blocks(scheduler) == before
+
+
+class Lane:
+    """A scheduler whose steps take 128 tokens, and a worker that says what it keeps."""
+
+    def __init__(self, make_scheduler, finish_step, num_blocks: int = 1000, **more) -> None:
+        self.finish_step = finish_step
+        self.scheduler = make_scheduler(UNIPREFILL, num_blocks, segments=SEGMENTS, max_num_batched_tokens=128, **more)
+        self.free = free_blocks(self.scheduler)
+
+    def step(self, kept: dict | None = None) -> StepPlan | None:
+        step = self.scheduler.schedule()
+        self.finish_step(self.scheduler, step, kept)
+        return step.uniprefill
+
+    @property
+    def held(self) -> int:
+        return self.free - free_blocks(self.scheduler)
+
+    def prune(self, request) -> list[int]:
+        """The blocks held after each report."""
+        while self.step().lane.rows == 0:
+            pass
+        held = []
+        for alive in ([320, 130], [320, 130, 40], [320, 130, 40]):
+            self.step({request.request_id: alive})
+            held.append(self.held)
+        return held
+
+
+def test_in_the_lane_a_group_takes_blocks_when_the_prompt_gets_to_it(make_scheduler, make_request, finish_step) -> None:
+    """And only those of what it keeps: 190 dropped are 11 blocks of 20, 280 are 17. The peak is what it holds then."""
+    lane = Lane(make_scheduler, finish_step)
+    request = make_request(320, max_tokens=20, extra={"uniprefill_report": 1})
+    lane.scheduler.add_request(request)
+    for held in (8, 16, 20):
+        assert lane.step().lane.num_segments == 1 and lane.held == held
+    assert lane.step({request.request_id: [320, 130]}).lane.num_segments == 1 and lane.held == 20
+    assert lane.step().lane.num_segments == 2 and lane.held == 20 + 2 * 9
+    lane.step({request.request_id: [320, 130, 40]})
+    assert lane.step().lane.num_segments is None and lane.held == 20 + 2 * 9 + 3
+    lane.step({request.request_id: [320, 130, 40]})
+    assert lane.held == 20 + 2 * 9 + 3 and lane.scheduler.lane is None
+    step = lane.scheduler.schedule()
+    outputs = finish_step(lane.scheduler, step)
+    assert outputs[request.request_id].uniprefill["kv_blocks"] == [
+        {"layers": 1, "held": 20 - returned, "returned": returned} for returned in (0, 11, 11, 17)
+    ]
+    lane.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    assert lane.held == 0
+
+
+def test_the_blocks_that_a_worker_hears_of_begin_with_null(make_scheduler, make_request, finish_step) -> None:
+    """So that its table has a block's place for every token's position."""
+    lane = Lane(make_scheduler, finish_step)
+    request = make_request(320)
+    lane.scheduler.add_request(request)
+    tables = [[] for _ in SEGMENTS]
+    for kept in (None, None, None, {request.request_id: [320, 130]}, {request.request_id: [320, 130, 40]}, None):
+        step = lane.scheduler.schedule()
+        new = step.scheduled_new_reqs
+        blocks = new[0].block_ids if new else step.scheduled_cached_reqs.new_block_ids[0]
+        for table, more in zip(tables, blocks or [()] * 4, strict=True):
+            table.extend(more)
+        finish_step(lane.scheduler, step, kept)
+    assert [len(table) for table in tables] == [20] * 4
+    assert [sum(block == 0 for block in table) for table in tables] == [0, 11, 11, 17]
+    assert [table[:n] for table, n in zip(tables, (0, 11, 11, 17), strict=True)] == [[0] * n for n in (0, 11, 11, 17)]
+
+
+@pytest.mark.parametrize(
+    ("num_preemptions", "admitted"), [(0, True), (1, False)], ids=["at first", "after a preemption"]
+)
+def test_a_prompt_is_admitted_if_what_the_last_one_kept_would_fit(
+    make_scheduler, make_request, finish_step, num_preemptions: int, admitted: bool
+) -> None:
+    """The first one, and one that was preempted, only if all of it would: 80 blocks."""
+    lane = Lane(make_scheduler, finish_step, num_blocks=1 + 79)
+    lane.scheduler.add_request(make_request(320))
+    assert lane.step() is None
+    lane = Lane(make_scheduler, finish_step, num_blocks=1 + 90)
+    first, second = make_request(320), make_request(320)
+    lane.scheduler.add_request(first)
+    assert lane.prune(first) == [20, 38, 41]
+    second.num_preemptions = num_preemptions
+    lane.scheduler.add_request(second)
+    step = lane.step()
+    assert lane.free - lane.held <= 49 and (step is not None) == admitted
+
+
+@pytest.mark.parametrize("steps", range(7))
+def test_an_abort_in_the_lane_leaks_nothing(make_scheduler, make_request, finish_step, steps: int) -> None:
+    lane = Lane(make_scheduler, finish_step)
+    request, other = make_request(320), make_request(320)
+    lane.scheduler.add_request(request)
+    reports = [None, None, None, [320, 130], None, [320, 130, 40], None]
+    for alive in reports[:steps]:
+        lane.step(alive and {request.request_id: alive})
+    lane.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    assert lane.held == 0
+    lane.scheduler.add_request(other)
+    assert lane.step().lane.num_segments == 1 and lane.held == 8
 
 
 def test_a_report_from_before_a_preemption_returns_nothing(make, make_request, finish_step) -> None:

@@ -942,6 +942,7 @@ class Worker(Observer):
                 last = int(batch.query_start_loc_np[i + 1]) - 1
                 self.outputs[slot, int(positions[last])] = hidden_states[last].tolist()
         kept = self.state.take_kept_tokens() or {}
+        self.waiting = kept.pop(lane.req_id, None) if lane is not None and lane.num_segments is not None else None
         self.kept |= kept
         for req_id in kept:
             self.return_blocks(req_id)
@@ -965,17 +966,37 @@ class Worker(Observer):
         """As the scheduler drives it; `stop`: how many steps to take before the request goes."""
         req_id, start = f"r{slot}", self.computed[slot]
         assert start == 0
+        without_blocks = sorted({base for base in self.bases if base})
         while req_id not in self.kept and stop != 0:
             num_rows = min(budget, num_prompt - self.computed[slot])
             complete = self.computed[slot] + num_rows == num_prompt
-            self.step(beside | {slot: num_rows}, lane=LaneGrant(req_id, budget if complete else 0))
+            held = without_blocks[0] if without_blocks else None
+            self.step(beside | {slot: num_rows}, lane=LaneGrant(req_id, budget if complete else 0, held))
             stop -= 1
+            if self.waiting is not None:
+                assert len(self.waiting) == held + 1
+                if stop % 2:  # scheduled before the report arrived
+                    self.step(beside | {slot: 1}, lane=LaneGrant(req_id, budget, held))
+                    assert self.waiting is None and req_id not in self.kept
+                self.take_blocks(slot, without_blocks.pop(0))
+
+    @property
+    def bases(self) -> list[int]:
+        """The first segment of each group."""
+        bases = {group.index: group.base for group in self.state.segment_state.groups}
+        return [bases.get(i, 0) for i in range(len(self.division))]
+
+    def take_blocks(self, slot: int, segment: int) -> None:
+        """What was written to a group's blocks before it had them is lost."""
+        for layers, table, base in zip(self.division, self.tables, self.bases, strict=True):
+            if base == segment:
+                for i in layers:
+                    self.toy.model.layers[i].kv[slots_of(table[slot], table.shape[1] * KV_BLOCK)] = torch.nan
 
     def returned(self, req_id: str) -> list[int]:
         """Blocks of each group."""
         counts = self.kept[req_id]
-        bases = {group.index: group.base for group in self.state.segment_state.groups}
-        return [(counts[0] - counts[bases.get(i, 0)]) // KV_BLOCK for i in range(len(self.division))]
+        return [(counts[0] - counts[base]) // KV_BLOCK for base in self.bases]
 
     def return_blocks(self, req_id: str) -> None:
         for layers, table, count in zip(self.division, self.tables, self.returned(req_id), strict=True):
