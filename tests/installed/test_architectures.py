@@ -44,6 +44,8 @@ def open_engine(path, budget: int, dtype: str = "float32"):
         ("falcon_h1", WHOLE),
         ("granitemoehybrid", LANE),
         ("gemma2", WHOLE),
+        ("gemma3_text", LANE),
+        ("lfm2", WHOLE),
         ("gpt_oss", LANE),
         ("deepseek_v2", WHOLE),
         ("deepseek_v3", WHOLE),

@@ -46,6 +46,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     }
     | _MAMBA2,
     "gemma2": {"sliding_window": 256, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "sliding_window": 256,
+        "query_pre_attn_scalar": 64,
+        "tie_word_embeddings": True,
+    },
+    "lfm2": {
+        "layer_types": [*["conv"] * 2, "full_attention"] * 2 + ["conv", "full_attention"],
+        "conv_L_cache": 3,
+        "conv_dim": 256,
+        "block_dim": 256,
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "tie_word_embeddings": True,
+        "block_auto_adjust_ff_dim": False,
+        "block_ff_dim": 256,
+    },
     "deepseek_v2": {"q_lora_rank": None, "topk_method": "greedy"} | _LATENT,
     # Without experts: the release's CPU router is off by 2e-3 with V3's scores, pruned or not.
     "deepseek_v3": _LATENT | {"q_lora_rank": 128, "first_k_dense_replace": 8},
