@@ -1,4 +1,7 @@
-"""M-RoPE and images: with drops, vLLM selects and computes what an fp32 Hugging Face model does."""
+"""M-RoPE and images: with drops, vLLM selects and computes what an fp32 Hugging Face model does.
+
+Gemma 3 does with text what its text model does.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,17 @@ from importlib.util import find_spec
 
 import pytest
 from engines import engine, recorded_selections
-from oracle.vision import FAMILIES, NUM_WORDS, TOKEN_ID, VisionOracle, make_image, make_vision_checkpoint
+from oracle.vision import (
+    FAMILIES,
+    GEMMA_SPECIAL,
+    NUM_WORDS,
+    TOKEN_ID,
+    VOCAB,
+    VisionOracle,
+    make_gemma3_checkpoints,
+    make_image,
+    make_vision_checkpoint,
+)
 from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, WHOLE, logits_of, relative_error
 from vllm import SamplingParams
 
@@ -87,3 +100,30 @@ def test_agrees_with_oracle(family: str, budget: int, tmp_path) -> None:
             errors = [relative_error(mine, right) for mine, right in zip(logits_of(output), truths, strict=True)]
             print(f"{family} {name}: kept {len(kept[-1])} of {len(ids)}, worst error {max(errors):.4f}")
             assert max(errors) <= MAX_RELATIVE_ERROR, name
+
+
+def test_gemma3_prunes_prompts_of_text(tmp_path) -> None:
+    """To what its text model makes of them, which test_architectures.py checks; one with an image is dense."""
+    text, whole = make_gemma3_checkpoints(tmp_path)
+    prompt = words(1800, 0)
+    found = []
+    for path in (text, whole):
+        with (
+            engine(
+                path, uniprefill={"top_p": 0.8}, dtype="float32", max_model_len=4096, max_num_batched_tokens=700
+            ) as llm,
+            recorded_selections() as selections,
+        ):
+            params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args={"uniprefill_report": 1})
+            [output] = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+            assert output.uniprefill["outcome"] == "pruned" and output.uniprefill["steps"] > 1
+            found.append((output.outputs[0].token_ids, selections.of([output])))
+            if path == whole:
+                start = VOCAB - len(GEMMA_SPECIAL)
+                image = {"image": [make_image(56, 56, 1)]}
+                ask = {"prompt_token_ids": [*prompt, start, *words(20, 1)], "multi_modal_data": image}
+                [output] = llm.generate([ask], params, use_tqdm=False)
+                report = output.uniprefill
+                assert (report["outcome"], report["reason"]) == ("dense", "multimodal_input")
+                assert len(output.prompt_token_ids) > 1800 + 20 + 4
+    assert found[0] == found[1]

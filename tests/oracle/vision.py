@@ -1,4 +1,4 @@
-"""Tiny random Qwen2-VL and Qwen2.5-VL checkpoints, and an oracle that sees images.
+"""Tiny random checkpoints of multimodal models, and an oracle that sees images.
 
 The text model is that of `checkpoints`, with M-RoPE: a token has three positions (time, height, width), which
 differ inside an image. Images are encoded by Hugging Face's vision model and its image processor.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from .checkpoints import BIAS, NORM_SPREAD, ROPE_THETA, random_weights, write_tokenizer
+from .families import make_family_checkpoint
 from .oracle import Oracle
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
@@ -92,15 +95,48 @@ def make_vision_checkpoint(path: Path, family: str, *, layers: int = 8, seed: in
     return path
 
 
-def write_vision_tokenizer(folder: Path) -> None:
-    """The tokenizer of `checkpoints`, whose last words are Qwen's marks."""
+GEMMA_SPECIAL = {"boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>"}
+
+
+def make_gemma3_checkpoints(folder: Path) -> tuple[Path, Path]:
+    """Gemma 3 as a text model, and the multimodal model around it, with the same weights."""
+    text, whole = folder / "text", folder / "whole"
+    make_family_checkpoint(text, "gemma3_text")
+    language_model = AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 56, "patch_size": PATCH}
+    tokens = {"boi_token_index": VOCAB - 3, "image_token_id": VOCAB - 2, "eoi_token_index": VOCAB - 1}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=language_model.config.to_dict(), vision_config=vision, mm_tokens_per_image=4, **tokens
+    )
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.get_decoder().load_state_dict(language_model.get_decoder().state_dict())
+    model.to(torch.bfloat16).save_pretrained(whole)
+    # As in published checkpoints, which the release reads.
+    tower = "vision_tower."
+    weights = load_file(whole / "model.safetensors")
+    weights = {name.replace(tower, f"{tower}vision_model."): weight for name, weight in weights.items()}
+    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+    # vLLM looks up newlines, which may merge with those that it writes around an image.
+    write_vision_tokenizer(whole, (*("\n" * n for n in range(1, 5)), *GEMMA_SPECIAL.values()))
+    settings = json.loads((whole / "tokenizer_config.json").read_text())
+    (whole / "tokenizer_config.json").write_text(json.dumps(settings | {"extra_special_tokens": GEMMA_SPECIAL}))
+    images = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 56, "width": 56}}
+    (whole / "preprocessor_config.json").write_text(json.dumps(images))
+    processor = {"processor_class": "Gemma3Processor", "image_seq_length": 4}
+    (whole / "processor_config.json").write_text(json.dumps(processor))
+    return text, whole
+
+
+def write_vision_tokenizer(folder: Path, special: Sequence[str] = SPECIAL) -> None:
+    """The tokenizer of `checkpoints`, whose last words are a model's marks."""
     write_tokenizer(folder, VOCAB)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    names = [f"w{i}" for i in range(NUM_WORDS)] + list(SPECIAL)
+    names = [f"w{i}" for i in range(VOCAB - len(special))] + list(special)
     tokenizer["model"]["vocab"] = {name: i for i, name in enumerate(names)}
     tokenizer["added_tokens"] = [
         {
-            "id": TOKEN_ID[word],
+            "id": names.index(word),
             "content": word,
             "single_word": False,
             "lstrip": False,
@@ -108,7 +144,7 @@ def write_vision_tokenizer(folder: Path) -> None:
             "normalized": False,
             "special": True,
         }
-        for word in SPECIAL
+        for word in special
     ]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from vllm.config import UniPrefillConfig
+from vllm.config import ModelConfig, UniPrefillConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.uniprefill.policy import Decision, PrunePolicy, RequestArgs
@@ -140,6 +140,21 @@ def test_a_decision_has_the_requests_own_budget_only(decide, config, extra, expe
 
 
 # --- the request -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [("Gemma3ForConditionalGeneration", "multimodal_input"), ("Qwen2VLForConditionalGeneration", None)],
+)
+def test_prompts_with_images_are_dense_where_their_tokens_see_one_another(
+    configure, make_request, monkeypatch, architecture: str, reason: str | None
+) -> None:
+    monkeypatch.setattr(ModelConfig, "architecture", architecture)
+    policy = PrunePolicy(configure(UNIPREFILL))
+    request = make_request(100)
+    assert policy.decide(request).dense_reason is None
+    request.mm_features = [object()]
+    assert policy.decide(request).dense_reason == reason
 
 
 @pytest.mark.parametrize("reason", [None, "short_prompt"])
