@@ -15,7 +15,7 @@ import vllm  # noqa: F401  before torch: on a CPU it chooses Triton's interprete
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from evals.bench.engine import DENSE, GPU_DEFAULTS, EngineSpec, engine, keep_ratio_variant
+from evals.bench.engine import DENSE, GPU_DEFAULTS, EngineSpec, Variant, engine, keep_ratio_variant
 from evals.bench.hooks import captured_graphs
 from evals.bench.shapes import NEEDLE_MODEL, Prompts
 
@@ -27,10 +27,17 @@ BUDGET = {"max_num_batched_tokens": 4096}  # longer prompts take the lane
 
 
 def generate(llm: LLM) -> list[list[int]]:
-    """The tokens of one batch: every length dense and pruned. The first one answers the question."""
-    prompts = Prompts.of(NEEDLE_MODEL)
+    """The tokens of two batches, where the first one answers the question.
+
+    Every length dense and pruned; then dense alone, where the segments share attention metadata.
+    """
     pruned = keep_ratio_variant(0.3)
-    jobs = [(tokens, variant) for tokens in LENGTHS for variant in (DENSE, pruned)]
+    mixed = [(tokens, variant) for tokens in LENGTHS for variant in (DENSE, pruned)]
+    return batch(llm, mixed) + batch(llm, [(tokens, DENSE) for tokens in LENGTHS])
+
+
+def batch(llm: LLM, jobs: list[tuple[int, Variant]]) -> list[list[int]]:
+    prompts = Prompts.of(NEEDLE_MODEL)
     params = [
         SamplingParams(
             max_tokens=NEW_TOKENS,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -566,6 +567,27 @@ def test_keeping_all_is_the_models_own_output(config, toy) -> None:
     assert step.alive == [[40, 40, 40], [30, 30, 30]]
     assert not step.state.dropped_np.any()
     assert [segment for segment, _ in step.entered] == [1, 2]
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.5])
+def test_the_states_at_a_cut_are_freed_as_the_segment_replaces_them(config, toy, keep_ratio: float) -> None:
+    """They are as large as the prompt, where nearly all of it is kept."""
+    step = mixed_step(config, toy, keep_ratio=keep_ratio)
+    run, entering, alive_at = step.runner.stages.run, [], []
+
+    def watched(segment, model, inputs):
+        entering.clear()
+        if segment.index > 0:
+            entering.append(weakref.ref(inputs["intermediate_tensors"].tensors["hidden_states"]))
+        return run(segment, model, inputs)
+
+    step.runner.stages.run = watched
+    for layer in (CUTS[0] + 2, CUTS[1] + 2):  # the second of their segments
+        toy.model.layers[layer].register_forward_pre_hook(
+            lambda *_: alive_at.append([states() is not None for states in entering])
+        )
+    step.run()
+    assert alive_at == [[False], [False]]
 
 
 def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config, toy) -> None:
