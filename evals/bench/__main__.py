@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench import cache, concurrency, decode, efficiency, gain, interleave, kernels, overhead, traffic
-from evals.bench.engine import Bench, EngineSpec, prepare_environment, resolved_cuts
+from evals.bench.engine import MIN_LENGTH, Bench, EngineSpec, prepare_environment, resolved_cuts
 from evals.bench.report import Part, Result, require_matplotlib, write
 from evals.bench.shapes import NEEDLE_MODEL, SHAPES, ModelShape, Prompts, Shape, model_folder, model_name, read_config
 from evals.needle.prompts import MAX_TOKENS
 from evals.provenance import add_results_option, command_line, count_argument, provenance
 from scripts import models
 from scripts.fork import ForkError, run_main, say
-
-MIN_LENGTH = 1024  # shorter prompts are prefilled densely
 
 
 def lacks(result: Result) -> Iterator[str]:

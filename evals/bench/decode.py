@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from evals.bench.arithmetic import rotated, size_label, spread, within_spread
-from evals.bench.engine import Bench, EngineSpec
+from evals.bench.engine import MIN_LENGTH, Bench, EngineSpec
 from evals.bench.report import Panel, Part, Result, draw_range, expectation, ranged, table
 from scripts.fork import ForkError, Layout, say
 from scripts.upstream_tests import make_release
@@ -53,7 +53,8 @@ def programs(
 ) -> list[tuple[dict[str, Any], Path | None]]:
     """The jobs of one round, each with the folder whose vllm it runs on (None: installed)."""
     job = {"prompts": prompts, "new_tokens": NEW_TOKENS, "repeats": repeats}
-    flag = engine | {"uniprefill_config": {"selection_layers": selection_layers}}
+    config = {"selection_layers": selection_layers, "min_prompt_tokens": MIN_LENGTH}
+    flag = engine | {"uniprefill_config": config}
     report = {"uniprefill_report": 1}
     both = {DENSE: {"uniprefill": 0} | report, PRUNED: pruning | report}
     jobs: list[tuple[dict[str, Any], Path | None]] = [

@@ -63,7 +63,8 @@ def test_full_graphs_decode_the_tokens_of_eager(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     spec = EngineSpec((1, 3, 5), max(LENGTHS), NEW_TOKENS, seqs=2 * len(LENGTHS), resident=4)
     arguments = spec.arguments(NEEDLE_MODEL, "auto")
-    arguments |= {"uniprefill_config": {"selection_layers": list(spec.cuts)}, **BUDGET}
+    config = {"selection_layers": list(spec.cuts), "min_prompt_tokens": min(LENGTHS)}
+    arguments |= {"uniprefill_config": config, **BUDGET}
     with engine(arguments | {"enforce_eager": True}) as llm:
         eager = generate(llm)
         del llm

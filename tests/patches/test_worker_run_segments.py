@@ -336,7 +336,6 @@ def test_a_request_goes_out_and_comes_back_as_a_guest(place: int) -> None:
 HIDDEN, LAYERS, CUTS = 8, 8, [1, 4]
 UNIPREFILL = {
     "selection_layers": CUTS,
-    "block_size": 4,
     "num_queries": 2,
     "sink_tokens": 4,
     "recent_tokens": 4,
@@ -444,7 +443,9 @@ class ToyModel(nn.Module):
 
 @pytest.fixture
 def config(configure, one_rank: None) -> VllmConfig:
-    return configure(UNIPREFILL, max_num_seqs=MAX_REQS)
+    config = configure(UNIPREFILL, max_num_seqs=MAX_REQS)
+    config.uniprefill_config.block_size = 4  # a server takes no such blocks; toy prompts have few tokens
+    return config
 
 
 @pytest.fixture
