@@ -50,6 +50,7 @@ PARTS = (
     traffic.PART,
     kernels.PART,
     decode.PART,
+    decode.OF_FLASHINFER,
 )
 NAMES = tuple(part.name for part in PARTS)
 
@@ -96,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--shape",
         choices=list(SHAPES),
         help="needle: the tiny model of evals/needle, for a CPU; the others: dummy weights in that model's shape, "
-        "bf16, for an 80 GB GPU (tiny: for a test) (default: needle)",
+        "bf16, for an 80 GB GPU (tiny…: for a test) (default: needle)",
     )
     add(
         "--model",
@@ -113,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         "them, or else the longest",
     )
     add("--repeats", type=count_argument, default=5, help=f"repetitions {shown}")
-    add("--parts", type=parts_argument, default=NAMES, metavar="PART,PART", help="(default: all)")
+    add("--parts", type=parts_argument, default=NAMES[:-1], metavar="PART,PART", help="(default: all but flashinfer)")
     add("--selection-layers", type=numbers, metavar="N,N", help="cut after these layers (default: the shape's)")
     add("--top-p", type=share_argument, default=0.99, help=shown)
     add("--keep-ratio", type=share_argument, help="(default: the shape's, .3)")
@@ -210,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shape, folder, load_format, ModelShape.from_config(read_config(folder)), prompts, device, args, result
         )
         for part, row in measured(bench, [part for part in PARTS if part.name in args.parts]):
-            if part is decode.PART:
+            if part in (decode.PART, decode.OF_FLASHINFER):
                 result[part.name] = row
             else:
                 result.setdefault(part.name, []).append(row)
