@@ -33,7 +33,7 @@ def lacks(result: Result) -> Iterator[str]:
     yield from (f"{part.name}: not asked for" for part in PARTS if part.name not in asked)
     if result["provenance"]["machine"]["device"] == "cpu":
         yield (
-            "an H100-class GPU (gain at 32K, 64K and 128K against the FLOP model, selection per "
+            "an H100-class GPU (gain at 8K, 32K and 128K against the FLOP model, selection per "
             "layer, kernel times, FULL CUDA graphs): no GPU here; `make bench-gpu` measures it on one"
         )
     if result["settings"]["prompts"] == "random":

@@ -197,6 +197,37 @@ def test_decode_jobs_name_the_release_that_runs_them(tmp_path: Path) -> None:
     assert len(decode.programs(*given[:4], None, 3)) == 2
 
 
+def test_memory_is_what_lies_above_weights_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most in start-up's profile, weights aside; and since, with cache and graphs aside."""
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")  # which the worker sets, and nobody else is to see
+    from evals.bench import decode_worker
+
+    monkeypatch.undo()
+    import torch
+    from vllm.v1.worker.gpu_worker import Worker
+
+    device = SimpleNamespace(held=0, most=0)
+
+    def hold(held: int, most: int) -> None:
+        device.held, device.most = held, max(device.most, most)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: device.held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: device.most)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: setattr(device, "most", device.held))
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: hold(100, 130) or self)
+    memory = decode_worker.Memory()
+    hold(100, 500)  # loading the weights
+    assert Worker.determine_available_memory("what remains") == "what remains"
+    hold(190, 190)  # the KV cache and graphs
+    memory.started()
+    hold(190, 215)
+    assert memory.result() == {"profiled": 30, "used": 25}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert decode_worker.Memory().result() is None
+
+
 def test_parts_share_an_engine_and_each_is_measured_on_those_it_asks_for(monkeypatch) -> None:
     started: list[tuple[int, ...]] = []
 
