@@ -1,13 +1,17 @@
 """Everything that wants a GPU, in calls of under 8 minutes: `make bench-gpu`.
 
-What one call has no time for, a second one measures: ARGS='--only decode,sanitizer,traffic'.
+What one call has no time for, a second one measures: ARGS='--only lane,graphs,kernels,flashinfer', and
+`--shape` another model's shape: qwen3-30b-a3b, gemma-3-12b, or 16 layers of Qwen3-Next.
 
 Parts, the most telling first, each in a process of its own with a time limit:
   checks      our Triton kernels against plain torch, with guard bands (tests/gpu)
-  kernels     the selection alone against its floors and against plain torch
-  ttft        dense and pruned prefills at 32K, 64K and 128K, where the time goes, and decodes beside them
+  decode      prompts of 1K to 128K, each in its turn: first token, time per token, the first run of a length, memory:
+              the release as it is by default, the fork without its flag, with it dense and pruned
+  ttft        dense and pruned prefills at 8K to 128K in one engine, where the time goes, the waits at cuts
+  lane        a 128K prompt at a server's budget and in one step, alone and beside decodes
   graphs      decode with FULL CUDA graphs: the same tokens as eager (tests/gpu)
-  decode      time per token: the release, the fork without and with its flag
+  kernels     the selection alone against its floors and against plain torch
+  flashinfer  as decode, on that backend
   sanitizer   small checks under compute-sanitizer
   traffic     many requests together, and a random mix
 Each writes what it has as it goes, so a part that is stopped, and a run that ends early, lose
@@ -73,13 +77,16 @@ def all_parts(shape: str, small: bool, stock: Path) -> list[Part]:
     slower = 4 if small else 1  # what is tried small is tried on a CPU
     pristine = ("--pristine", str(stock)) if (stock / "vllm").is_dir() else ()
     once, few = ("1", "1") if small else ("7", "3")
+    against_stock = ("--decode-rounds", "1", "--repeats", few, *pristine)
     kernels, only_small = "tests/gpu/test_kernels.py", ("-k", "small")
     return [
-        tests("checks", 80 * slower, kernels, *(only_small if small else ())),
-        bench("kernels", 45 * slower, *at, "--parts", "kernels", "--repeats", once),
-        bench("ttft", 240 * slower, *at, "--parts", "ttft,breakdown,interleave", "--repeats", "1" if small else "2"),
+        tests("checks", 50 * slower, kernels, *(only_small if small else ())),
+        bench("decode", 250 * slower, *at, "--parts", "decode", *against_stock),
+        bench("ttft", 160 * slower, *at, "--parts", "ttft,breakdown", "--repeats", "1"),
+        bench("lane", 240 * slower, *at, "--parts", "interleave", "--repeats", "1"),
         tests("graphs", 110 * slower, "tests/gpu/test_graphs.py", **({"REHEARSE_GRAPHS": "1"} if small else {})),
-        bench("decode", 250 * slower, *at, "--parts", "decode", "--decode-rounds", "1", "--repeats", few, *pristine),
+        bench("kernels", 45 * slower, *at, "--parts", "kernels", "--repeats", once),
+        bench("flashinfer", 150 * slower, *at, "--parts", "flashinfer", *against_stock),
         tests("sanitizer", 60 * slower, kernels, *only_small, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
         bench("traffic", 110 * slower, *at, "--parts", "concurrency,poisson", "--repeats", "1", "--arrivals", "16"),
     ]
@@ -125,7 +132,10 @@ def run(part: Part, folder: Path, seconds: float, meanwhile: Callable[[], None])
                 break
         finally:
             end(process)
-    return problem, log.read_text(errors="replace")[-2000:]
+    tail = log.read_text(errors="replace")[-2000:]
+    if problem and (last := tail.strip().rpartition("\n")[2].strip()):
+        problem += f", its last words: {last[:200]}"
+    return problem, tail
 
 
 def end(process: subprocess.Popen) -> None:

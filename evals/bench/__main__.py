@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench import cache, concurrency, decode, efficiency, gain, interleave, kernels, overhead, traffic
-from evals.bench.engine import Bench, EngineSpec, prepare_environment, resolved_cuts
+from evals.bench.engine import MIN_LENGTH, Bench, EngineSpec, prepare_environment, resolved_cuts
 from evals.bench.report import Part, Result, require_matplotlib, write
 from evals.bench.shapes import NEEDLE_MODEL, SHAPES, ModelShape, Prompts, Shape, model_folder, model_name, read_config
 from evals.needle.prompts import MAX_TOKENS
@@ -27,15 +27,13 @@ from evals.provenance import add_results_option, command_line, count_argument, p
 from scripts import models
 from scripts.fork import ForkError, run_main, say
 
-MIN_LENGTH = 1024  # shorter prompts are prefilled densely
-
 
 def lacks(result: Result) -> Iterator[str]:
     asked = result["settings"]["parts"]
     yield from (f"{part.name}: not asked for" for part in PARTS if part.name not in asked)
     if result["provenance"]["machine"]["device"] == "cpu":
         yield (
-            "an H100-class GPU (gain at 32K, 64K and 128K against the FLOP model, selection per "
+            "an H100-class GPU (gain at 8K, 32K and 128K against the FLOP model, selection per "
             "layer, kernel times, FULL CUDA graphs): no GPU here; `make bench-gpu` measures it on one"
         )
     if result["settings"]["prompts"] == "random":
@@ -52,6 +50,7 @@ PARTS = (
     traffic.PART,
     kernels.PART,
     decode.PART,
+    decode.OF_FLASHINFER,
 )
 NAMES = tuple(part.name for part in PARTS)
 
@@ -98,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--shape",
         choices=list(SHAPES),
         help="needle: the tiny model of evals/needle, for a CPU; the others: dummy weights in that model's shape, "
-        "bf16, for an 80 GB GPU (tiny: for a test) (default: needle)",
+        "bf16, for an 80 GB GPU (tiny…: for a test) (default: needle)",
     )
     add(
         "--model",
@@ -115,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
         "them, or else the longest",
     )
     add("--repeats", type=count_argument, default=5, help=f"repetitions {shown}")
-    add("--parts", type=parts_argument, default=NAMES, metavar="PART,PART", help="(default: all)")
+    add("--parts", type=parts_argument, default=NAMES[:-1], metavar="PART,PART", help="(default: all but flashinfer)")
     add("--selection-layers", type=numbers, metavar="N,N", help="cut after these layers (default: the shape's)")
     add("--top-p", type=share_argument, default=0.99, help=shown)
     add("--keep-ratio", type=share_argument, help="(default: the shape's, .3)")
@@ -212,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             shape, folder, load_format, ModelShape.from_config(read_config(folder)), prompts, device, args, result
         )
         for part, row in measured(bench, [part for part in PARTS if part.name in args.parts]):
-            if part is decode.PART:
+            if part in (decode.PART, decode.OF_FLASHINFER):
                 result[part.name] = row
             else:
                 result.setdefault(part.name, []).append(row)

@@ -3,7 +3,8 @@
 Runs alike on the pristine release and on the fork, so it needs vLLM alone. JOB is JSON:
 engine (arguments of LLM), prompts (token ids, by name), requests (extra_args or null, by name),
 new_tokens, repeats. RESULT says what ran, and of every prompt and request the seconds to the first
-token and those per token behind it.
+token, in the run that was the first of its length too, those per token behind it, and how many
+tokens entered each segment; and of the GPU's memory what start-up counted on and what was used.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
-def seconds_of(llm: Any, ids: list[int], extra_args: dict | None, new_tokens: int) -> tuple[float, float]:
-    """To the first token, and per token from there to the last one, by the engine's own clock."""
+LONG = 65536  # such prompts run once behind the warm-up: dense they take an 8B model some ten seconds
+
+
+def measured(llm: Any, ids: list[int], extra_args: dict | None, new_tokens: int) -> tuple[float, float, list]:
+    """Seconds to the first token, and per token from there to the last one, by the engine's own clock; segments."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
@@ -34,7 +38,40 @@ def seconds_of(llm: Any, ids: list[int], extra_args: dict | None, new_tokens: in
     if extra_args and (output.uniprefill["outcome"] == "pruned") != pruned:
         raise RuntimeError(f"asked for {extra_args}, got {output.uniprefill}")
     times = output.metrics
-    return times.first_token_ts - times.queued_ts, (times.last_token_ts - times.first_token_ts) / (new_tokens - 1)
+    per_token = (times.last_token_ts - times.first_token_ts) / (new_tokens - 1)
+    segments = output.uniprefill.get("segments") or [] if extra_args else []
+    entered = [(s["layers"][1] - s["layers"][0] + 1, s["tokens_in"]) for s in segments]
+    return times.first_token_ts - times.queued_ts, per_token, entered
+
+
+class Memory:
+    """Bytes on the GPU beside weights, graphs and KV cache: at most in start-up's profile, and in what ran since."""
+
+    def __init__(self) -> None:
+        import torch
+        from vllm.v1.worker.gpu_worker import Worker
+
+        self.cuda, self.profiled, self.resting = torch.cuda, 0, 0
+        profile = Worker.determine_available_memory
+
+        def watched(worker: Any) -> Any:
+            self.cuda.reset_peak_memory_stats()
+            available = profile(worker)
+            self.profiled = self.cuda.max_memory_allocated() - self.cuda.memory_allocated()
+            return available
+
+        if self.cuda.is_available():
+            Worker.determine_available_memory = watched
+
+    def started(self) -> None:
+        if self.cuda.is_available():
+            self.cuda.reset_peak_memory_stats()
+            self.resting = self.cuda.memory_allocated()
+
+    def result(self) -> dict[str, int] | None:
+        if not self.cuda.is_available():
+            return None
+        return {"profiled": self.profiled, "used": self.cuda.max_memory_allocated() - self.resting}
 
 
 def main(job_file: str, result_file: str) -> None:
@@ -44,18 +81,26 @@ def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     # CUDA graphs are what decodes on a GPU; a CPU has none.
     eager = current_platform.is_cpu()
+    memory = Memory()
     llm = vllm.LLM(**job["engine"], enforce_eager=eager, disable_log_stats=False)
-    first, seconds = (
-        {prompt: {request: [] for request in job["requests"]} for prompt in job["prompts"]} for _ in range(2)
+    memory.started()
+    cold, first, seconds, segments = (
+        {prompt: {request: [] for request in job["requests"]} for prompt in job["prompts"]} for _ in range(4)
     )
-    for repetition in range(job["repeats"] + 1):  # the first warms up
+    for repetition in range(job["repeats"] + 1):  # the first warms up, at lengths that grow
         for prompt, ids in job["prompts"].items():
+            if repetition > 1 and len(ids) > LONG:
+                continue
             for request, extra_args in job["requests"].items():
-                values = seconds_of(llm, ids, extra_args, job["new_tokens"])
-                if repetition > 0:
-                    for kind, value in zip((first, seconds), values, strict=True):
-                        kind[prompt][request].append(value)
-    result = {"package": vllm.__version__, "file": vllm.__file__, "first": first, "seconds": seconds}
+                *values, entered = measured(llm, ids, extra_args, job["new_tokens"])
+                segments[prompt][request] = entered
+                if repetition == 0:
+                    cold[prompt][request] = values[0]
+                    continue
+                for kind, value in zip((first, seconds), values, strict=True):
+                    kind[prompt][request].append(value)
+    result = {"package": vllm.__version__, "file": vllm.__file__, "memory": memory.result()}
+    result |= {"cold": cold, "first": first, "seconds": seconds, "segments": segments}
     Path(result_file).write_text(json.dumps(result))
     llm.llm_engine.engine_core.shutdown()
 

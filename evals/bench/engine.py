@@ -27,6 +27,8 @@ def prepare_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+MIN_LENGTH = 1024  # shorter prompts are prefilled densely
+
 # On a GPU: a server's budget, compiled and captured as stock does by default, but for few sizes, since each takes time.
 GPU_DEFAULTS = {"max_num_batched_tokens": 8192, "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]}}
 
@@ -209,6 +211,8 @@ class Bench:
     @property
     def all_and_first_cut(self) -> list[EngineSpec]:
         spec = self.one_at_a_time
+        if self.device != "cpu":  # where an engine takes a minute to start
+            return [spec]
         return list(dict.fromkeys((spec, replace(spec, cuts=spec.cuts[:1]))))
 
     def arguments(self, spec: EngineSpec) -> dict[str, Any]:
@@ -220,7 +224,7 @@ class Bench:
         """The bench with an engine."""
         budget = f", {spec.budget} tokens a step" if spec.budget else ""
         say(f"starting an engine for {spec.seqs} requests, cuts after {','.join(map(str, spec.cuts))}{budget}")
-        config = {"selection_layers": list(spec.cuts)}
+        config = {"selection_layers": list(spec.cuts), "min_prompt_tokens": MIN_LENGTH}
         with engine(self.arguments(spec) | {"uniprefill_config": config, "enforce_eager": self.device == "cpu"}) as llm:
             yield replace(self, llm=llm, cuts=spec.cuts)
             del llm  # the next engine needs the memory

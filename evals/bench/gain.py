@@ -17,10 +17,12 @@ SHARE_OF_FLOP_MODEL = 0.9
 
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:
+    """With random weights `top_p` keeps nearly everything: once, for what cuts cost that drop nothing."""
     by_top_p = bench.shape.prune_by == "top_p"
     variants = top_p_variants(bench.options.top_p) if by_top_p else [bench.by_ratio]
     for tokens in bench.shape.lengths:
-        yield measure_length(bench, tokens, variants)
+        last = not by_top_p and tokens == bench.shape.lengths[-1]
+        yield measure_length(bench, tokens, variants + (top_p_variants(bench.options.top_p)[:1] if last else []))
 
 
 def measure_length(bench: Bench, tokens: int, variants: Sequence[Variant]) -> dict[str, Any]:

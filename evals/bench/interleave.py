@@ -88,7 +88,9 @@ def beside_decodes(bench: Bench, tokens: int, seed: int, variant: Variant) -> tu
 
 
 def measure_length(bench: Bench, tokens: int) -> dict[str, Any]:
-    ways = [DENSE, bench.by_ratio, top_p_variants(bench.options.top_p)[0]]
+    ways = [DENSE, bench.by_ratio]
+    if bench.prompts.needle:  # elsewhere it keeps nearly everything
+        ways += top_p_variants(bench.options.top_p)[:1]
     seconds: dict[str, dict[str, list[float]]] = {way.name: {what: [] for what in TIMES} for way in ways}
     reports: dict[str, dict[str, Any]] = {}
     for repetition in range(bench.repeats + 1):  # the first warms up

@@ -9,8 +9,8 @@ from typing import Any
 
 from evals.bench.arithmetic import size_label, spread
 from evals.bench.efficiency import place
-from evals.bench.engine import Bench, place_label
-from evals.bench.hooks import device_stopwatch, host_stopwatch
+from evals.bench.engine import Bench, place_label, top_p_variants
+from evals.bench.hooks import clock, device_stopwatch, host_stopwatch
 from evals.bench.report import Panel, Part, Result, expectation, on_gpu, table
 from scripts.fork import say
 
@@ -44,13 +44,16 @@ def measure_length(bench: Bench, tokens: int) -> dict[str, Any]:
     from vllm.v1.worker.gpu.uniprefill.events import observed_by
 
     parts: dict[str, list[float]] = defaultdict(list)
-    overheads, selections = [], []
+    overheads, selections, waits = [], [], []
     for repetition in range(bench.repeats + 1):
         host, device = host_stopwatch(), device_stopwatch()
         with observed_by(host):
             total = bench.run(tokens, repetition, bench.by_ratio).seconds
         with observed_by(device):
             bench.run(tokens, repetition, bench.by_ratio)
+        by_clock = clock()
+        with observed_by(by_clock):
+            bench.run(tokens, repetition, top_p_variants(bench.options.top_p)[0])
         split, spans = prefill_parts(total, host.seconds()), device.seconds()
         overhead = sum(split[name] for name in STEPS) / total
         selection = [sum(cut) for cut in zip(spans["score"], spans["choose"], strict=True)]
@@ -64,11 +67,13 @@ def measure_length(bench: Bench, tokens: int) -> dict[str, Any]:
                 parts[name].append(value)
             overheads.append(overhead)
             selections.append(selection)
+            waits.append(by_clock.seconds()["choose"])
     return {
         **bench.place(tokens),
         "parts_seconds": {name: spread(values) for name, values in parts.items()},
         "overhead_share": spread(overheads),
         "selection_seconds_per_cut": [spread(values) for values in zip(*selections, strict=True)],
+        "wait_seconds_per_cut": [spread(values) for values in zip(*waits, strict=True)],
     }
 
 
@@ -106,12 +111,14 @@ def section(result: Result) -> str:
                 *(f"{parts[name]['median'] * 1e3:.1f}" for name in names),
                 f"{share['median']:.1%} [{share['min']:.1%}–{share['max']:.1%}]",
                 ", ".join(f"{cut['median'] * 1e3:.2f}" for cut in row["selection_seconds_per_cut"]),
+                ", ".join(f"{cut['median'] * 1e3:.2f}" for cut in row.get("wait_seconds_per_cut", ())),
             ]
 
-    head = ("prompt", "cuts after", *(f"{name} ms" for name in names), "overhead", "selection ms per cut")
+    head = ("prompt", "cuts after", *(f"{name} ms" for name in names), "overhead", "selection ms per cut", "wait")
     note = (
         "\n\nThe overhead is score, choose, leave and metadata; selection is score and choose. The rest is the "
-        "engine's, and the gathering of the lane's rows."
+        "engine's, and the gathering of the lane's rows. The wait is the host's in choosing by top_p, for a GPU that "
+        "is still at what was launched before: milliseconds at each cut."
     )
     return table(head, lines()) + note
 

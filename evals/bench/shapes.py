@@ -27,6 +27,8 @@ class ModelShape:
 
     Attributes:
         ffn: intermediate width that one token uses: of experts, those routed to it and the shared one.
+        full: share of the layers with full attention. The others attend to a window, or keep a state, and count as if
+            the attention itself were free, in every segment alike.
 
     """
 
@@ -36,6 +38,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     ffn: int
+    full: float = 1.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -55,19 +58,23 @@ class ModelShape:
             width = config.get("moe_intermediate_size", ffn)
             ffn = min(experts, config["num_experts_per_tok"]) * width + config.get("shared_expert_intermediate_size", 0)
         kv_heads, head_dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or hidden // heads
-        return cls(config["num_hidden_layers"], hidden, heads, kv_heads, head_dim, ffn)
+        layers = config["num_hidden_layers"]
+        kinds = config.get("layer_types") or ["full_attention"]
+        full = kinds.count("full_attention") / len(kinds) / config.get("full_attention_interval", 1)
+        return cls(layers, hidden, heads, kv_heads, head_dim, ffn, full)
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Keys and values of all layers, 16 bit each."""
         return self.layers * 2 * self.kv_heads * self.head_dim * 2
 
-    def prefill_flops(self, segments: Segments) -> int:
+    def prefill_flops(self, segments: Segments) -> float:
         """Matrix products, and causal attention: q·k and p·v of the pairs that see each other."""
         attention = self.heads * self.head_dim
         qkv = self.hidden * (attention + 2 * self.kv_heads * self.head_dim)
         a_token = 2 * (qkv + attention * self.hidden + 3 * self.hidden * self.ffn)
-        return sum(layers * tokens * (a_token + 2 * tokens * attention) for layers, tokens in segments)
+        pairs = 2 * self.full * attention
+        return sum(layers * tokens * (a_token + tokens * pairs) for layers, tokens in segments)
 
     def flop_gain(self, segments: Segments) -> float:
         """Dense FLOPs over pruned FLOPs; selection is free here, and so is everything else."""
@@ -93,12 +100,48 @@ LLAMA_CONFIG: dict[str, Any] = {
     "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
     "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001,
 }  # fmt: skip
+QWEN3_MOE_CONFIG: dict[str, Any] = LLAMA_CONFIG | {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+    "intermediate_size": 6144, "num_hidden_layers": 48, "num_key_value_heads": 4, "rope_theta": 1e6,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "bos_token_id": 151643, "eos_token_id": 151645,
+}  # fmt: skip
+GEMMA3_CONFIG: dict[str, Any] = LLAMA_CONFIG | {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "vocab_size": 262208, "hidden_size": 3840,
+    "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0, "sliding_window": 1024, "sliding_window_pattern": 6,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 8, "tie_word_embeddings": True,
+    "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+# 16 of the 48 layers, which fit 80 GB.
+QWEN3_NEXT_CONFIG: dict[str, Any] = QWEN3_MOE_CONFIG | {
+    "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next", "intermediate_size": 5120,
+    "num_hidden_layers": 16, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+    "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "rope_theta": 1e7,
+    "shared_expert_intermediate_size": 512, "partial_rotary_factor": 0.25, "full_attention_interval": 4,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 # Small enough for a test, with grouped-query attention and enough layers to cut twice.
-TINY_CONFIG: dict[str, Any] = LLAMA_CONFIG | {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6,
+TINY: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 8192,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+TINY_CONFIG = LLAMA_CONFIG | TINY | {"num_hidden_layers": 6}
+TINY_MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+TINY_CONFIGS = {
+    "tiny-qwen3-30b-a3b": QWEN3_MOE_CONFIG | TINY | TINY_MOE,
+    "tiny-gemma-3-12b": GEMMA3_CONFIG
+    | TINY
+    | {"layer_types": ["sliding_attention", "full_attention"] * 4, "sliding_window": 128},
+    "tiny-qwen3-next-16l": QWEN3_NEXT_CONFIG
+    | TINY
+    | TINY_MOE
+    | {"full_attention_interval": 2, "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2}
+    | {"linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+}
 
 
 @dataclass(frozen=True)
@@ -120,7 +163,7 @@ class Shape:
     name: str
     selection_layers: tuple[int, ...] | None
     config: dict[str, Any] | None
-    lengths: tuple[int, ...] = (32768, 65536, 131072)
+    lengths: tuple[int, ...] = (8192, 32768, 131072)
     efficiency_lengths: tuple[int, ...] = (131072,)
     keep_ratio: float = 0.3
     prune_by: Literal["top_p", "keep_ratio"] = "keep_ratio"
@@ -129,6 +172,8 @@ class Shape:
     budgets: tuple[int | None, ...] = (None,)
 
 
+# In the lane, at a server's budget, and in one step beside decodes.
+ALL_STEPS = (None, 131072 + 1024)
 NEEDLE_LENGTHS = (2048, 4096, 8192, 16384, 32768)
 SHAPES = {
     shape.name: shape
@@ -145,8 +190,15 @@ SHAPES = {
             (4096, 16384),
             (2048, 4096, 20480),
         ),
-        Shape("llama-3.1-8b", (7,), LLAMA_CONFIG),
-        Shape("tiny", (1, 3), TINY_CONFIG, (1024, 2048), (2048,), 0.3, "keep_ratio", 1024, (1024,)),
+        Shape("llama-3.1-8b", None, LLAMA_CONFIG, budgets=ALL_STEPS),
+        Shape("qwen3-30b-a3b", None, QWEN3_MOE_CONFIG, budgets=ALL_STEPS),
+        Shape("gemma-3-12b", None, GEMMA3_CONFIG, budgets=ALL_STEPS),
+        Shape("qwen3-next-16l", None, QWEN3_NEXT_CONFIG, budgets=ALL_STEPS),
+        *(
+            Shape(name, None, config, (1024, 2048), (2048,), 0.3, "keep_ratio", 1024, (1024,), (512, 4096))
+            for name, config in TINY_CONFIGS.items()
+        ),
+        Shape("tiny", (1, 3), TINY_CONFIG, (1024, 2048), (2048,), 0.3, "keep_ratio", 1024, (1024,), (512, 4096)),
     )
 }
 

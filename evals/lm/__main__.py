@@ -327,7 +327,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     places, done = len(methods) * len(args.lengths) * len(tasks.names), 0
     with open_records(args.records, same, args.fresh) as records:
         for alike in methods:
-            given = arguments | ({} if args.base_url else {"uniprefill_config": alike[0].config})
+            # On a GPU too, whose default would leave a length such as 4K dense.
+            config = {"min_prompt_tokens": 1024} | alike[0].config
+            given = arguments | ({} if args.base_url else {"uniprefill_config": config})
             with asked_backend(args, given, batch_size, about["package"]) as backend:
                 run = Run(backend, records, alike, args.limit, args.ttft_samples, batch_size, args.apply_chat_template)
                 for length in args.lengths:

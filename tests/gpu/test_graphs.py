@@ -15,7 +15,7 @@ import vllm  # noqa: F401  before torch: on a CPU it chooses Triton's interprete
 import torch
 from vllm import LLM, SamplingParams, TokensPrompt
 
-from evals.bench.engine import DENSE, GPU_DEFAULTS, EngineSpec, engine, keep_ratio_variant
+from evals.bench.engine import DENSE, GPU_DEFAULTS, EngineSpec, Variant, engine, keep_ratio_variant
 from evals.bench.hooks import captured_graphs
 from evals.bench.shapes import NEEDLE_MODEL, Prompts
 
@@ -27,10 +27,17 @@ BUDGET = {"max_num_batched_tokens": 4096}  # longer prompts take the lane
 
 
 def generate(llm: LLM) -> list[list[int]]:
-    """The tokens of one batch: every length dense and pruned. The first one answers the question."""
-    prompts = Prompts.of(NEEDLE_MODEL)
+    """The tokens of two batches, where the first one answers the question.
+
+    Every length dense and pruned; then dense alone, where the segments share attention metadata.
+    """
     pruned = keep_ratio_variant(0.3)
-    jobs = [(tokens, variant) for tokens in LENGTHS for variant in (DENSE, pruned)]
+    mixed = [(tokens, variant) for tokens in LENGTHS for variant in (DENSE, pruned)]
+    return batch(llm, mixed) + batch(llm, [(tokens, DENSE) for tokens in LENGTHS])
+
+
+def batch(llm: LLM, jobs: list[tuple[int, Variant]]) -> list[list[int]]:
+    prompts = Prompts.of(NEEDLE_MODEL)
     params = [
         SamplingParams(
             max_tokens=NEW_TOKENS,
@@ -56,7 +63,8 @@ def test_full_graphs_decode_the_tokens_of_eager(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     spec = EngineSpec((1, 3, 5), max(LENGTHS), NEW_TOKENS, seqs=2 * len(LENGTHS), resident=4)
     arguments = spec.arguments(NEEDLE_MODEL, "auto")
-    arguments |= {"uniprefill_config": {"selection_layers": list(spec.cuts)}, **BUDGET}
+    config = {"selection_layers": list(spec.cuts), "min_prompt_tokens": min(LENGTHS)}
+    arguments |= {"uniprefill_config": config, **BUDGET}
     with engine(arguments | {"enforce_eager": True}) as llm:
         eager = generate(llm)
         del llm

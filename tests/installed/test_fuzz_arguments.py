@@ -85,7 +85,7 @@ def check_config(config: UniPrefillConfig) -> None:
     assert (config.top_p is None) != (config.keep_ratio is None)
     assert is_share(config.keep_ratio if config.top_p is None else config.top_p)
     assert config.top_p_over in ("all", "middle")
-    assert min(config.block_size, config.num_queries, config.recent_tokens, config.min_prompt_tokens) >= 1
+    assert min(config.block_size, config.num_queries, config.recent_tokens, config.min_prompt_tokens or 1) >= 1
     assert config.sink_tokens >= 0 and config.num_queries <= config.recent_tokens
     assert config.pool_tokens is None or config.pool_tokens >= 0
     assert config.pool_device in ("device", "host") and isinstance(config.enabled, bool)

@@ -51,7 +51,7 @@ def test_defaults_are_the_published_ones() -> None:
     assert (config.selection_layers, config.top_p, config.keep_ratio) == ("auto", 0.99, None)
     assert (config.top_p_over, config.block_size, config.num_queries) == ("all", 64, 128)
     assert (config.sink_tokens, config.recent_tokens) == (128, 128)
-    assert (config.min_prompt_tokens, config.enabled) == (1024, True)
+    assert (config.min_prompt_tokens, config.enabled) == (None, True)
     assert (config.pool_tokens, config.pool_device) == (None, "device")
     assert (config.hops, config.hop_blocks, config.profile) == (1, 4, None)
 
@@ -310,6 +310,31 @@ def test_the_longest_pruned_prompt_fits_the_pool_or_one_step(configure) -> None:
     positions = {"max_position_embeddings": 2 * DEFAULT_POOL_TOKENS}
     long = {"hf_overrides": positions, "max_model_len": 2 * DEFAULT_POOL_TOKENS}
     assert longest({}, **long) == (DEFAULT_POOL_TOKENS, DEFAULT_POOL_TOKENS)
+
+
+@pytest.mark.parametrize(("longest", "elsewhere"), [(8192, 4096), (4095, 1024)])
+def test_the_shortest_pruned_prompt_is_longer_where_a_cut_costs_more(
+    configure, monkeypatch, longest, elsewhere
+) -> None:
+    """Not beyond what can be pruned; a number that is given holds everywhere."""
+    arguments = {"hf_overrides": {"max_position_embeddings": 8192}, "max_model_len": longest}
+
+    def shortest(**uniprefill: int) -> int:
+        return configure(uniprefill, **arguments).uniprefill_config.min_prompt_tokens
+
+    assert shortest() == 1024
+    monkeypatch.setattr("vllm.config.uniprefill.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    assert shortest() == elsewhere and shortest(min_prompt_tokens=2000) == 2000
+
+
+def test_blocks_below_16_tokens_are_refused(configure) -> None:
+    assert configure({"block_size": 16}).uniprefill_config.block_size == 16
+    with pytest.raises(ValueError) as error:
+        configure({"block_size": 15})
+    assert str(error.value) == (
+        "--uniprefill-config block_size (15) must be at least 16, since every block is scored on its own; raise it or "
+        "drop --uniprefill-config."
+    )
 
 
 def test_a_pool_and_a_step_below_the_shortest_pruned_prompt_are_refused(configure) -> None:

@@ -5,7 +5,9 @@ Without a GPU the Triton kernel runs in Triton's interpreter, beside its torch r
 
 from __future__ import annotations
 
+import itertools
 import random
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,8 +25,10 @@ from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.utils import PAD_SLOT_ID
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.uniprefill.plan import segment_of_layer_name
 from vllm.v1.uniprefill.policy import Decision
 from vllm.v1.uniprefill.step_plan import LaneGrant, StepPlan
@@ -37,6 +41,7 @@ from vllm.v1.worker.gpu.uniprefill.rows import Guest, PromptRows, SegmentRows
 from vllm.v1.worker.gpu.uniprefill.runner import SegmentRunner
 from vllm.v1.worker.gpu.uniprefill.stages import find_bounded_model
 from vllm.v1.worker.gpu.uniprefill.state import GroupSegments, SegmentState
+from vllm.v1.worker.utils import AttentionGroup
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MAX_REQS, MAX_TOKENS, KV_BLOCK = 6, 3000, 16
@@ -331,7 +336,6 @@ def test_a_request_goes_out_and_comes_back_as_a_guest(place: int) -> None:
 HIDDEN, LAYERS, CUTS = 8, 8, [1, 4]
 UNIPREFILL = {
     "selection_layers": CUTS,
-    "block_size": 4,
     "num_queries": 2,
     "sink_tokens": 4,
     "recent_tokens": 4,
@@ -439,7 +443,9 @@ class ToyModel(nn.Module):
 
 @pytest.fixture
 def config(configure, one_rank: None) -> VllmConfig:
-    return configure(UNIPREFILL, max_num_seqs=MAX_REQS)
+    config = configure(UNIPREFILL, max_num_seqs=MAX_REQS)
+    config.uniprefill_config.block_size = 4  # a server takes no such blocks; toy prompts have few tokens
+    return config
 
 
 @pytest.fixture
@@ -562,6 +568,27 @@ def test_keeping_all_is_the_models_own_output(config, toy) -> None:
     assert step.alive == [[40, 40, 40], [30, 30, 30]]
     assert not step.state.dropped_np.any()
     assert [segment for segment, _ in step.entered] == [1, 2]
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.5])
+def test_the_states_at_a_cut_are_freed_as_the_segment_replaces_them(config, toy, keep_ratio: float) -> None:
+    """They are as large as the prompt, where nearly all of it is kept."""
+    step = mixed_step(config, toy, keep_ratio=keep_ratio)
+    run, entering, alive_at = step.runner.stages.run, [], []
+
+    def watched(segment, model, inputs):
+        entering.clear()
+        if segment.index > 0:
+            entering.append(weakref.ref(inputs["intermediate_tensors"].tensors["hidden_states"]))
+        return run(segment, model, inputs)
+
+    step.runner.stages.run = watched
+    for layer in (CUTS[0] + 2, CUTS[1] + 2):  # the second of their segments
+        toy.model.layers[layer].register_forward_pre_hook(
+            lambda *_: alive_at.append([states() is not None for states in entering])
+        )
+    step.run()
+    assert alive_at == [[False], [False]]
 
 
 def test_surviving_rows_return_to_their_places_and_dropped_ones_are_zero(config, toy) -> None:
@@ -689,8 +716,23 @@ def attention_groups(state: SegmentedModelState) -> list[list[Any]]:
         for name in group.layer_names:
             names.setdefault(segment_of_layer_name(state.vllm_config, name), []).append(name)
         assert all(of.index != i or set(of.segments) <= set(names) for of in state.segment_state.groups)
-        found.append([SimpleNamespace(segment=s, layer_names=names[s]) for s in sorted(names)])
+        found.append([attention_group(names[s], s, i) for s in sorted(names)])
     return found
+
+
+def attention_group(layer_names: list[str], segment: int, index: int, backend: str = "one") -> SimpleNamespace:
+    """Of a builder that shares nothing between KV cache groups, and nothing under FULL CUDA graphs."""
+    builder = SimpleNamespace(supports_update_block_table=False)
+    return SimpleNamespace(
+        segment=segment,
+        layer_names=layer_names,
+        backend=backend,
+        kv_cache_spec=None,
+        kv_cache_group_id=index,
+        kernel_block_size=None,
+        supports_draft_decode_metadata_update=False,
+        get_metadata_builder=lambda: builder,
+    )
 
 
 @pytest.fixture
@@ -791,16 +833,18 @@ def test_without_pruned_requests_all_layers_share_the_dense_metadata(model_state
         assert slots.tolist() == [5000, 5001, 5002, 5003]
 
 
-def test_layers_of_one_segment_that_differ_do_not_share_metadata(model_state, monkeypatch) -> None:
-    """In their backend, say: the release makes attention groups of them."""
+def test_layers_of_different_backends_do_not_share_metadata(model_state, monkeypatch) -> None:
+    """Also in one segment: the release makes attention groups of them."""
     split = [
-        SimpleNamespace(segment=group.segment, layer_names=[name])
+        attention_group([name], group.segment, 0, backend=f"number {int(name.split('.')[2]) % 2}")
         for group in attention_groups(model_state)[0]
         for name in group.layer_names
     ]
     monkeypatch.setitem(globals(), "attention_groups", lambda _: [split])
-    metadata = prepare(model_state, make_batch([3, 1], [1, 0], computed=[0, 20]))
-    assert len({id(value) for value in metadata.values()}) == len(metadata) == LAYERS
+    batch = make_batch([3, 1], [1, 0], computed=[0, 20])
+    metadata = prepare(model_state, batch)
+    kinds = [id(metadata[attention_name(i)]) for i in range(LAYERS)]
+    assert kinds == [*kinds[:2]] * (LAYERS // 2) and kinds[0] != kinds[1]
     assert all(seen.seq_lens.tolist() == [3, 21] for seen, *_ in metadata.values())
 
 
@@ -815,14 +859,93 @@ def test_a_step_that_is_over_leaves_no_plan_behind(model_state) -> None:
     assert len(prepare(model_state, batch)) == LAYERS
 
 
-def test_graph_steps_fill_the_persistent_buffers_even_so(model_state) -> None:
-    """A captured graph reads them, not the shared metadata."""
-    batch = make_batch([1], [0], computed=[20])
-    metadata = prepare(model_state, batch, mode=CUDAGraphMode.FULL)
-    seen, slots, _ = metadata["model.layers.7.self_attn.attn"]
-    buffer = model_state.segment_state.seq_lens[2]
-    assert seen.seq_lens.data_ptr() == buffer.data_ptr() and buffer[0] == 21
-    assert slots == [20]
+def flash_attention_groups(
+    config: VllmConfig, state: SegmentedModelState, monkeypatch
+) -> tuple[list[list[AttentionGroup]], list[str]]:
+    """The release's groups and FlashAttention 3's builders, and the first layer of each build from now on."""
+    monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda *_, **__: 3)
+
+    def schedule(*, batch_size: int, cache_seqlens: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.cat([cache_seqlens.new_tensor([batch_size]), cache_seqlens.repeat_interleave(4)])
+
+    monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
+    spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
+    found = [
+        [
+            AttentionGroup(flash_attn.FlashAttentionBackend, group.layer_names, spec, i, segment=group.segment)
+            for group in groups
+        ]
+        for i, groups in enumerate(attention_groups(state))
+    ]
+    builds: list[str] = []
+
+    class Builder(flash_attn.FlashAttentionMetadataBuilder):
+        def build(self, *args: Any, **kwargs: Any) -> Any:
+            builds.append(self.layer_names[0])
+            return super().build(*args, **kwargs)
+
+    monkeypatch.setattr(flash_attn.FlashAttentionBackend, "get_builder_cls", lambda: Builder)
+    with set_current_vllm_config(config):
+        for group in itertools.chain(*found):
+            group.create_metadata_builders(config, DEVICE)
+    return found, builds
+
+
+@pytest.mark.parametrize("division", [[range(LAYERS)], [range(3), range(3, LAYERS)]], ids=["one group", "two groups"])
+@pytest.mark.parametrize("mode", [CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE])
+def test_a_dense_decode_builds_metadata_as_often_as_stock(config, toy, monkeypatch, mode, division) -> None:
+    """Once, by FlashAttention 3's builder; captured graphs find what a build for each segment leaves there."""
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE  # which a CPU has not
+    config.compilation_config.max_cudagraph_capture_size = MAX_REQS
+    with set_current_vllm_config(config):
+        state = with_segments(DefaultModelState)(config, toy, None, DEVICE)
+    tables = [TABLE + i for i in range(len(division))]
+    initialize(state, division, tables)
+    groups, builds = flash_attention_groups(config, state, monkeypatch)
+    requests, lengths = [2, 5, 1], [31, 9, 201]
+    batch = make_batch([1, 1, 1], requests, computed=[length - 1 for length in lengths])
+    # A graph of four decodes.
+    batch.num_reqs_after_padding = batch.num_tokens_after_padding = 4
+    batch.seq_lens = torch.cat([batch.seq_lens, batch.seq_lens.new_zeros(1)])
+    batch.seq_lens_cpu_upper_bound = batch.seq_lens.cpu()
+    batch.query_start_loc_np = np.append(batch.query_start_loc_np, 3).astype(np.int32)
+    batch.query_start_loc = torch.from_numpy(batch.query_start_loc_np).to(DEVICE)
+    slots = torch.stack(
+        [
+            torch.tensor(
+                [slots_of(table[r], length)[-1] for r, length in zip(requests, lengths, strict=True)] + [PAD_SLOT_ID]
+            )
+            for table in tables
+        ]
+    ).to(DEVICE)
+    padded = [table[[*requests, 0]].clone() for table in tables]
+    captured = [
+        state.segment_state.seq_lens[1:, :4],
+        state.segment_state.slot_mappings[1:, :4],
+        *(group.get_metadata_builder().scheduler_metadata for group in itertools.chain(*groups)),
+    ]
+
+    def step() -> tuple[dict[str, dict[str, Any]], list[list]]:
+        for buffer in captured:
+            buffer.fill_(-7)
+        builds.clear()
+        metadata = state.prepare_attn(batch, mode, padded, slots, groups, state.kv_cache_config)
+        seen = {
+            name: {
+                field: value.tolist() if isinstance(value, torch.Tensor) else value for field, value in vars(of).items()
+            }
+            for name, of in metadata.items()
+        }
+        return seen, [buffer.tolist() for buffer in captured]
+
+    with monkeypatch.context() as as_with_drops:
+        as_with_drops.setattr(SegmentState, "any_dropped", lambda *_: True)
+        apart, left_by_each = step()
+        assert len(builds) == sum(map(len, groups))
+    together, left = step()
+    assert builds == [attention_name(0)]
+    assert together == apart and together.keys() == {attention_name(i) for i in range(LAYERS)}
+    assert mode != CUDAGraphMode.FULL or left == left_by_each
 
 
 @pytest.mark.parametrize(("num_blocks", "num_tokens"), [(1000, 1024), (5, 4 * KV_BLOCK), (1, 0)])
