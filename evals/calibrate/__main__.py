@@ -8,10 +8,12 @@ Exit status 0: written; 1: a problem to mend; 130: interrupted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -47,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="tokens of the prompts (default: 1K,2K)",
     )
     add("--prompts", type=count_argument, default=24, help="of each part and length (default: %(default)s)")
-    add("--loss", type=float, default=1.0, help="points that may be lost (default: %(default)s)")
+    add("--loss", type=float, default=1.0, help="points of the answers that may be lost (default: %(default)s)")
     add(
         "--backend",
         choices=("vllm", "transformers"),
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = provenance()
 
     from evals.calibrate import answers, report
-    from evals.calibrate.choose import Trial, choose
+    from evals.calibrate.choose import Trial, candidates
     from evals.calibrate.model import WatchedModel, identity
     from evals.calibrate.prompts import PARTS, make_prompts
     from evals.calibrate.ranks import progress, record
@@ -108,67 +110,74 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         samples = list(progress(f"{name}, {part}", record(model, prompts, records, fingerprint), len(prompts)))
         trials[part] = Trial(samples, model.layers, shape)
-    choice = choose(trials["choose"], trials["check"], args.loss / 100)
     check = trials["check"]
-    profile: dict[str, Any] = {
-        "model": {"name": name, **identity(model.config)},
-        "settings": choice.plan.settings(),
-        "evidence": {
-            **{part: recall_facts(trial, choice.plan) for part, trial in trials.items()},
-            "ranks": [check.rank_facts(cut) for cut in choice.plan.cuts],
-            "rejected": choice.rejected,
-            "end_to_end": None,
-        },
-        "made": {
-            "command": command_line("calibrate", argv),
-            "package": about["package"],
-            "torch": about["torch"],
-            "transformers": version("transformers"),
-            "machine": about["machine"],
-            "lengths": list(args.lengths),
-            "prompts": args.prompts,
-            "loss": args.loss,
-            "prompt_names": [sample.prompt.name for sample in check.samples],
-        },
+    if not check.telling:
+        raise ForkError("The model answers no prompt of the check part, so nothing can be checked; raise --prompts.")
+    made = {
+        "command": command_line("calibrate", argv),
+        "package": about["package"],
+        "torch": about["torch"],
+        "transformers": version("transformers"),
+        "machine": about["machine"],
+        "lengths": list(args.lengths),
+        "prompts": args.prompts,
+        "loss": args.loss,
+        "prompt_names": [sample.prompt.name for sample in check.samples],
     }
-    output = args.results / name
-    args.results.mkdir(parents=True, exist_ok=True)
-
-    def write() -> None:
-        Path(f"{output}.json").write_text(json.dumps(profile, indent=1) + "\n")
-        Path(f"{output}.md").write_text(report.markdown(profile))
-
-    report.plot(profile, model.layers, check.samples, Path(f"{output}.png"))
-    write()
-    say(f"settings: {json.dumps(profile['settings'])}")
     same = {
         "package": about["package"],
         "series": about["series_sha256"],
         "model": fingerprint,
         "by": [args.backend, args.engine_args],
     }
+    output = args.results / name
+    args.results.mkdir(parents=True, exist_ok=True)
+    layers, about_model = model.layers, {"name": name, **identity(model.config)}
+    if args.backend == "vllm":
+        del model
+        gc.collect()
     with open_records(args.records, same, fresh=False) as kept_answers:
-        backend = None
-        if args.backend == "transformers":
-            ask = answers.with_transformers(model, profile["settings"])
+        for rejected, plan in enumerate(candidates(trials["choose"])):
+            settings = plan.settings()
+            say(f"candidate {rejected + 1}, {check.computed(plan):.0%} computed: {json.dumps(settings)}")
+            evidence: dict[str, Any] = {
+                **{part: recall_facts(trial, plan) for part, trial in trials.items()},
+                "ranks": [check.rank_facts(cut) for cut in plan.cuts],
+                "rejected": rejected,
+                "end_to_end": None,
+            }
+            profile = {"model": about_model, "settings": settings, "evidence": evidence, "made": made}
+            Path(f"{output}.json").write_text(json.dumps(profile, indent=1) + "\n")
+            with contextlib.ExitStack() as stack:
+                if args.backend == "transformers":
+                    ask, backend = answers.with_transformers(model, settings), None
+                else:
+                    cpu = about["machine"]["device"] == "cpu"
+                    ask, backend = answers.start_engine(
+                        args.model, Path(f"{output}.json"), check.samples, cpu, args.engine_args
+                    )
+                    stack.callback(backend.close)
+                ask_all = partial(answers.compare, check.samples, ask, backend, records=kept_answers, settings=settings)
+                pooled = answers.together(ask_all(timed=0))
+                say(f"dense {pooled['dense']:.1%}, pruned {pooled['pruned']:.1%} right")
+                if pooled["difference"] >= -args.loss / 100:
+                    rows = ask_all(timed=args.timed)
+                    break
         else:
-            del model
-            gc.collect()
-            ask, backend = answers.start_engine(
-                args.model, Path(f"{output}.json"), check.samples, about["machine"]["device"] == "cpu", args.engine_args
+            Path(f"{output}.json").unlink(missing_ok=True)
+            raise ForkError(
+                f"No setting loses at most {args.loss:g} points of the check part's answers; raise --loss or --prompts."
             )
-        setting = json.dumps(profile["settings"])
-        rows = answers.compare(check.samples, ask, backend, args.timed, kept_answers, setting)
-    pooled = answers.together(rows)
-    profile["evidence"]["end_to_end"] = {
-        "by": f"vLLM {about['package']}" if backend else f"transformers {version('transformers')}",
-        "within_limit": pooled["difference"] >= -args.loss / 100,
+    evidence["end_to_end"] = {
+        "by": f"vLLM {about['package']}" if args.backend == "vllm" else f"transformers {version('transformers')}",
         "all": {
             key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")
         },
         "rows": rows,
     }
-    write()
+    report.plot(profile, layers, check.samples, Path(f"{output}.png"))
+    Path(f"{output}.json").write_text(json.dumps(profile, indent=1) + "\n")
+    Path(f"{output}.md").write_text(report.markdown(profile))
     say(f"written: {output}.json, .md, .png")
     print(report.result_table(rows))
     return 0

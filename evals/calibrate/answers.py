@@ -64,15 +64,17 @@ def start_engine(
     return ask, backend
 
 
-def compare(samples: Sequence[Sample], ask: Ask, backend: Any, timed: int, records: Records, setting: str) -> list[Any]:
+def compare(
+    samples: Sequence[Sample], ask: Ask, backend: Any, *, timed: int, records: Records, settings: dict[str, Any]
+) -> list[Any]:
     """A row of evals.lm's table for each task and length; the first `timed` prompts of each length are timed too."""
     found = []
     seen: dict[int, int] = {}
     for sample in progress("dense and pruned", samples, len(samples)):
-        place = {"prompt": sample.prompt.ids, "setting": setting}
+        place = {"prompt": sample.prompt.ids, "settings": settings}
         answers = []
         for xargs in (DENSE, PRUNED):
-            key = {**place, "xargs": xargs}
+            key = {**place, "xargs": xargs} if xargs == PRUNED else {"prompt": sample.prompt.ids, "xargs": xargs}
             if (answer := records.get(key)) is None:
                 answer = ask(sample, xargs)
                 records.add(key, answer)

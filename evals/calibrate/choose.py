@@ -1,4 +1,4 @@
-"""Which heads score where, and how much is dropped: the most saved of what loses no needed place."""
+"""Which heads score where, and how much is dropped: candidates by what they save, of what loses few needed places."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ MAX_HEADS = 4
 MAX_CUTS = 4
 WORTH_A_CUT = 0.02  # of the computed share
 FEWEST = 8  # prompts that can tell of a loss
+MAY_BE_LOST = 0.15  # of a part's needed places: an answer may have been read before its place was dropped
+MEAN_RANK = 0.1  # of what the question names; .5 is chance
+NEXT_CANDIDATE = 1.05  # of what the one before computes
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,12 @@ class Trial:
         return fmean(self.held(plan))
 
     def scorers(self, hops: int) -> dict[int, Cut]:
-        """By layer the heads and the window whose summed mass ranks best what the plan's first score must find."""
-        return {layer: self._scorer(layer, hops) for layer in self.row}
+        """By layer the heads and the window whose summed mass ranks best what the plan's first score must find.
+
+        Without the layers where even these rank by chance.
+        """
+        best = {layer: self._scorer(layer, hops) for layer in self.row}
+        return {layer: cut for layer, cut in best.items() if self.rank_facts(cut)["mean"] <= MEAN_RANK}
 
     def _scorer(self, layer: int, hops: int) -> Cut:
         """Greedy: the best head, then each next one that leaves the ranks as good."""
@@ -186,8 +193,10 @@ class Trial:
         _, window, heads = min(found)
         return Cut(layer, tuple(sorted(heads)), WINDOWS[window])
 
-    def plans(self, limit: float) -> Iterator[Plan]:
+    def plans(self, limit: float = MAY_BE_LOST) -> Iterator[Plan]:
         """Those that hold, the cheapest first; of each with several cuts also those with fewer.
+
+        limit: share of the needed places that may be lost.
 
         Raises:
             ForkError: if too few prompts can tell of a loss.
@@ -228,24 +237,24 @@ class Trial:
                         break
 
 
-@dataclass(frozen=True)
-class Choice:
-    """`rejected`: plans that held on the part `choose` and not on `check`."""
+def milder(plan: Plan) -> Iterator[Plan]:
+    """The plan with more kept at every cut, a step at a time."""
+    for steps in range(1, max(map(len, AMOUNTS.values()))):
+        places = [min(AMOUNTS[cut.by].index(cut.amount) + steps, len(AMOUNTS[cut.by]) - 1) for cut in plan.cuts]
+        cuts = [replace(cut, amount=AMOUNTS[cut.by][i]) for cut, i in zip(plan.cuts, places, strict=True)]
+        yield replace(plan, cuts=tuple(cuts))
 
-    plan: Plan
-    rejected: int
 
-
-def choose(chosen_on: Trial, checked_on: Trial, limit: float) -> Choice:
-    """The plan that computes least among those that lose at most `limit` of either part's telling prompts.
+def candidates(trial: Trial) -> Iterator[Plan]:
+    """Plans that hold and milder ones, the cheapest first, each at least 5 % dearer than the one before.
 
     Raises:
-        ForkError: if there is none.
+        ForkError: if too few prompts can tell of a loss.
 
     """
-    if not checked_on.telling:
-        raise ForkError("The model answers no prompt of the check part, so nothing can be checked; raise --prompts.")
-    for rejected, plan in enumerate(chosen_on.plans(limit)):
-        if checked_on.recall(plan) >= 1 - limit:
-            return Choice(plan, rejected)
-    raise ForkError(f"No setting keeps what the answers need in {1 - limit:.1%} of both parts' prompts; raise --loss.")
+    plans = {other: trial.computed(other) for plan in trial.plans() for other in (plan, *milder(plan))}
+    dearest = 0.0
+    for plan, computed in sorted(plans.items(), key=lambda item: item[1]):
+        if dearest * NEXT_CANDIDATE <= computed < 1:
+            dearest = computed
+            yield plan

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from evals.bench.shapes import ModelShape
-from evals.calibrate import choose, model, prompts, ranks
+from evals.calibrate import __main__ as calibrate
+from evals.calibrate import answers, choose, model, prompts, ranks
 from evals.needle import prompts as needle
 from scripts.fork import ForkError
 from tests.oracle.oracle import Oracle
@@ -157,21 +160,21 @@ def made_trial(part: str, good: tuple[int, int] = (2, 1), count: int = 12) -> ch
 
 
 def test_the_head_that_finds_is_chosen_and_what_it_saves() -> None:
-    chosen = choose.choose(made_trial("choose"), made_trial("check"), 0.01)
-    first = chosen.plan.cuts[0]
-    assert (first.layer, first.num_queries) == (2, 32)
-    assert 1 in first.heads  # another may join where it changes no rank
-    assert chosen.rejected == 0
-    assert made_trial("check").computed(chosen.plan) < 0.7
-    assert chosen.plan.settings()["selection_layers"][0]["heads"] == list(first.heads)
+    trial = made_trial("choose")
+    first = next(choose.candidates(trial))
+    cut = first.cuts[0]
+    assert (cut.layer, cut.num_queries) == (2, 32)
+    assert 1 in cut.heads  # another may join where it changes no rank
+    assert made_trial("check").computed(first) < 0.7 and made_trial("check").recall(first) == 1
+    assert first.settings()["selection_layers"][0]["heads"] == list(cut.heads)
 
 
-def test_a_choice_that_fails_the_check_does_not_stand() -> None:
-    """On the check part another head finds: what was chosen by chance is rejected."""
-    check = made_trial("check", good=(4, 0))
-    chosen = choose.choose(made_trial("choose"), check, 0.01)
-    assert chosen.rejected > 0
-    assert check.recall(chosen.plan) == 1
+def test_candidates_hold_and_each_is_dearer_than_the_one_before() -> None:
+    trial = made_trial("choose")
+    plans = list(choose.candidates(trial))
+    computed = [trial.computed(plan) for plan in plans]
+    assert len(plans) > 3 and all(trial.recall(plan) >= 1 - choose.MAY_BE_LOST for plan in plans)
+    assert all(b >= choose.NEXT_CANDIDATE * a for a, b in pairwise(computed)) and computed[-1] < 1
 
 
 def test_second_hop_keeps_what_the_first_found_block_looks_at() -> None:
@@ -182,9 +185,56 @@ def test_second_hop_keeps_what_the_first_found_block_looks_at() -> None:
     assert choose.second_hop(mass, hops, 1280).nonzero()[0].tolist() == [9]
 
 
+@pytest.fixture
+def calibrated(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calibrates made samples; pruned answers are right if `keeps(settings)`."""
+    config = LlamaConfig(num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=2, hidden_size=128)
+    watched = SimpleNamespace(config=config, tokenizer=None, speaks_needle=True, layers=range(7))
+    monkeypatch.setattr(model, "WatchedModel", lambda path: watched)
+    monkeypatch.setattr(prompts, "make_prompts", lambda part, *a: [part])
+    made = lambda part: [made_sample(i, part, (2, 1)) for i in range(12)]  # noqa: E731
+    monkeypatch.setattr(ranks, "record", lambda model, parts, *a: made(parts[0]))
+
+    def run(keeps, *arguments: str) -> dict:
+        def ask_with(model, settings):
+            dense = {"score": 1.0, "report": {}}
+            cuts = [cut["layer"] for cut in settings["selection_layers"]]
+            segments = [{"layers": [0, cuts[0]], "tokens_in": 1280}, {"layers": [cuts[0] + 1, 7], "tokens_in": 400}]
+            pruned = {"outcome": "pruned", "prompt_tokens": 1280, "segments": segments}
+            return lambda sample, xargs: (
+                dense if xargs == answers.DENSE else {"score": float(keeps(settings)), "report": pruned}
+            )
+
+        monkeypatch.setattr(answers, "with_transformers", ask_with)
+        records = tmp_path / f"records{len(list(tmp_path.iterdir()))}"
+        folders = ["--results", str(tmp_path), "--records", str(records)]
+        calibrate.main(["--model", str(tiny), "--backend", "transformers", *folders, *arguments])
+        return json.loads((tmp_path / f"{tiny.name}.json").read_text())
+
+    return run
+
+
+def test_the_cheapest_candidate_whose_answers_hold_stands(calibrated) -> None:
+    """Blocks say what may hold; a model may need what they do not show."""
+    first = calibrated(lambda settings: True)
+    assert first["settings"]["selection_layers"][0]["layer"] == 2 and first["evidence"]["rejected"] == 0
+    mild = calibrated(lambda settings: settings["selection_layers"][0].get("top_p", 0) >= 0.8)
+    assert mild["settings"]["selection_layers"][0]["top_p"] >= 0.8 and mild["evidence"]["rejected"] > 0
+    assert mild["evidence"]["end_to_end"]["all"]["difference"] == 0
+    assert mild["evidence"]["check"]["computed"] > first["evidence"]["check"]["computed"]
+
+
+def test_without_a_setting_that_holds_there_is_no_profile(calibrated, tmp_path: Path) -> None:
+    with pytest.raises(ForkError, match="raise --loss"):
+        calibrated(lambda settings: False)
+    assert not list(tmp_path.glob("*.json"))
+    lost = calibrated(lambda settings: False, "--loss", "100")
+    assert lost["evidence"]["end_to_end"]["all"]["difference"] == -1
+
+
 def test_too_few_answers_are_refused() -> None:
     with pytest.raises(ForkError, match="raise --prompts"):
-        choose.choose(made_trial("choose", count=3), made_trial("check"), 0.01)
+        next(choose.candidates(made_trial("choose", count=3)))
 
 
 def test_recording_goes_on_where_it_stopped(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
