@@ -5,20 +5,29 @@ Real transfers are in tests/installed/test_disaggregation.py.
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from vllm.config import KVTransferConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
-from vllm.v1.uniprefill.transfer import check_offer, make_offer, plan_fingerprint, read_offer, transferred_bytes
+from vllm.v1.uniprefill.transfer import (
+    check_offer,
+    make_offer,
+    plan_fingerprint,
+    read_offer,
+    transferred_bytes,
+    wrong_address,
+)
 from vllm.v1.uniprefill.transfer_blocks import FilledBlocks
 
 UNIPREFILL = {"top_p": 0.9, "selection_layers": [1, 4], "min_prompt_tokens": 64}
@@ -58,10 +67,20 @@ def test_what_is_offered_is_read(decoder) -> None:
     assert read_offer(offered(decoder), PROMPT, decoder) == ALIVE
 
 
-@pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": True}, {"do_remote_decode": True}], ids=str)
+@pytest.mark.parametrize("params", [None, {}, {"do_remote_prefill": False}, {"do_remote_decode": True}], ids=str)
 def test_requests_without_an_offer_have_none(decoder, configure, params) -> None:
     for config in (decoder, configure(None), configure(UNIPREFILL)):
         assert read_offer(params, PROMPT, config) is None
+    dense = offered(decoder)
+    del dense["uniprefill"]
+    assert read_offer(dense, PROMPT, decoder) is None
+
+
+def test_only_a_server_with_the_flag_checks_the_releases_parameters(decoder, configure) -> None:
+    params = {"kv_transfer_params": {"do_remote_prefill": True}}
+    check_offer(params, PROMPT, configure(None, kv_transfer_config=nixl()))
+    with pytest.raises(VLLMValidationError, match="^kv_transfer_params.remote_engine_id "):
+        check_offer(params, PROMPT, decoder)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +108,10 @@ def test_requests_without_an_offer_have_none(decoder, configure, params) -> None
         ({"remote_block_ids": [[1, -2]]}, "kv_transfer_params.remote_block_ids"),
         ({"remote_port": "5600"}, "kv_transfer_params.remote_port"),
         ({"remote_engine_id": None}, "kv_transfer_params.remote_engine_id"),
+        ({"remote_engine_id": ["no", "key"]}, "kv_transfer_params.remote_engine_id"),
+        ({"tp_size": "1"}, "kv_transfer_params.tp_size"),
+        ({"tp_size": 2}, "kv_transfer_params.tp_size"),
+        ({"dcp_size": 2}, "kv_transfer_params.dcp_size"),
     ],
     ids=str,
 )
@@ -130,7 +153,7 @@ def test_no_parameters_are_accepted_that_are_not_a_possible_prune(decoder, data:
     assert params["uniprefill"]["plan"] == plan_fingerprint(decoder)
     assert len(alive) == 3 and alive[0] == PROMPT
     assert all(type(n) is int and a >= n >= 1 for a, n in zip(alive, alive[1:], strict=False))
-    assert all(type(params[name]) is type(ADDRESS[name]) for name in ADDRESS if name != "tp_size")
+    assert all(type(params[name]) is type(value) for name, value in ADDRESS.items())
 
 
 @pytest.mark.parametrize(
@@ -353,7 +376,7 @@ def test_a_received_prompt_holds_only_what_was_kept_and_decodes_at_once(make_ser
     assert request.status == RequestStatus.WAITING_FOR_REMOTE_KVS and not step.num_scheduled_tokens
     assert blocks_held(scheduler, request) == HELD
     (meta,) = step.kv_connector_metadata.reqs_to_recv.values()
-    assert meta.alive == list(ALIVE) and [len(blocks) for blocks in meta.local_block_ids] == HELD
+    assert meta.alive == ALIVE and [len(blocks) for blocks in meta.local_block_ids] == HELD
     received(scheduler, step)
     step = scheduler.schedule()
     assert step.num_scheduled_tokens == {request.request_id: 1} and step.uniprefill is None
@@ -439,7 +462,57 @@ def test_a_dense_prompt_is_received_as_in_stock(make_server, make_request) -> No
     step = scheduler.schedule()
     assert request.prefill_decision.dense_reason == "remote_prefill"
     (meta,) = step.kv_connector_metadata.reqs_to_recv.values()
-    assert meta.alive is None and [len(blocks) for blocks in meta.local_block_ids] == [13, 13, 13]
+    assert meta.alive == () and [len(blocks) for blocks in meta.local_block_ids] == [13, 13, 13]
+
+
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["uniprefill", "alive", "plan", "remote_block_ids", *ADDRESS]), JSON, st.booleans())
+def test_no_parameters_end_the_engine(make_server, make_request, place, value, rejected) -> None:
+    """Neither those that no front end has checked, nor those with which it asks to clean up after a refusal."""
+    scheduler = make_server("kv_consumer")
+    params = offered(scheduler.vllm_config)
+    if place in ("alive", "plan"):
+        params["uniprefill"][place] = value
+    else:
+        params[place] = value
+    request = make_request(PROMPT, extra={"kv_transfer_params": params})
+    if rejected:
+        # The front end does so only where it can name the prefill server.
+        assume(wrong_address(params) is None)
+        request.abort_immediately = True
+    scheduler.add_request(request)
+    if rejected:
+        scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+    step = scheduler.schedule()
+    assert bool(step.num_scheduled_tokens) == (request.kv_transfer_params is None and not rejected)
+    received = step.kv_connector_metadata.reqs_to_recv
+    assert all(meta.alive == request.prefill_decision.alive for meta in received.values())
+    assert bool(received) == (rejected or request.kv_transfer_params is not None)
+
+
+def test_only_a_prefill_server_that_is_named_is_notified(decoder) -> None:
+    """A refused request ends there; the engine hears of it for the sake of the blocks that wait for it."""
+    from vllm.entrypoints.generate.base.serving import GenerateBaseServing
+
+    notified = []
+
+    async def notify(request_id: str, params: dict, **_: Any) -> None:
+        notified.append(params)
+
+    async def refuse() -> None:
+        raise ValueError
+
+    serving = SimpleNamespace(
+        has_kv_connector=True,
+        engine_client=SimpleNamespace(notify_kv_transfer_request_rejected=notify),
+        _get_data_parallel_rank=lambda _: None,
+    )
+    good = offered(decoder, uniprefill="forged")
+    for params in (good, offered(decoder, remote_engine_id=[]), {"do_remote_prefill": True}):
+        request = SimpleNamespace(kv_transfer_params=params, request_id="0")
+        with pytest.raises(ValueError):
+            asyncio.run(GenerateBaseServing._with_kv_transfer_rejection_cleanup(serving, refuse(), request, None))
+    assert notified == [good]
 
 
 def test_a_parameter_that_was_used_up_leaves_the_prefill_here(make_server, make_request) -> None:
