@@ -106,7 +106,7 @@ def make_scheduler(configure: Callable[..., VllmConfig]) -> Callable[..., Schedu
         spec = FullAttentionSpec(block_size=KV_BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
         roles = [{"role": UNIPREFILL_ROLE} if segment else {} for segment in segments]
         groups = [
-            KVCacheGroupSpec([f"layer{i}"], spec, segment=segment, **role)
+            KVCacheGroupSpec([f"layers.{i}"], spec, segment=segment, **role)
             for i, (role, segment) in enumerate(zip(roles, segments, strict=True))
         ]
         return (cls or config.scheduler_config.get_scheduler_cls())(
