@@ -22,6 +22,8 @@ from scripts.fork import ROOT, ForkError, Layout, run_main, say, write_if_change
 
 DEVICES = ("cpu", "cuda")
 TOOLS = "requirements-dev.txt"
+# NIXL asks for its libraries for two versions of CUDA, of which one does on a CPU.
+LEFT_OUT = {"cpu": "nixl-cu13", "cuda": "nixl-cu12"}
 HEAD = """\
 # The {device} environment, Python 3.11 to 3.14: written by `make lock`, not by hand.
 # requirements: {digest}
@@ -137,7 +139,8 @@ def lock(device: str, layout: Layout, options: list[str]) -> bool:
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.copyfile(target, fresh) if target.is_file() else fresh.touch()  # what it holds, uv prefers
     lines = requirements(device, lambda path: (layout.root / path).read_text())
-    command = [find_uv(layout), "pip", "compile", "-q", f"requirements-{device}.txt", "-o", fresh.name, *options]
+    command = [find_uv(layout), "pip", "compile", "-q", f"requirements-{device}.txt", "-o", fresh.name]
+    command += ["--no-emit-package", LEFT_OUT[device], *options]
     try:
         done = subprocess.run(command, cwd=target.parent, env=index_environment(), capture_output=True, text=True)
         if done.returncode:

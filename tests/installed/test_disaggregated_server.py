@@ -10,8 +10,6 @@ from test_server import complete
 from evals.live_server import free_port, live_server
 from evals.needle.prompts import make_prompt
 
-pytest.importorskip("nixl", reason="needs pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1")
-
 TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_consumer", "kv_load_failure_policy": "recompute"}
 
 

@@ -25,8 +25,6 @@ from vllm.exceptions import VLLMValidationError
 from evals.live_server import NEEDLE_MODEL, free_port
 from evals.needle.prompts import encode, make_prompt
 
-pytest.importorskip("nixl", reason="needs pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1")
-
 BLOCK_SIZE = 32
 LAYERS = 8  # in segments of 2, each a KV cache group
 BLOCK_BYTES = BLOCK_SIZE * 2 * 2 * 64 * 4  # of a layer: keys and values, two heads of 64, float32
