@@ -38,7 +38,6 @@ PIECE_MIB = 60
 # What the run does not need of the wheel, and why.
 DROPPED = {
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so": "FlashAttention 2: Hopper runs version 3",
-    "vllm/_moe_C_stable_libtorch.abi3.so": "mixture-of-experts kernels: the shapes that run are dense",
     "vllm/vllm-rs": "the Rust front end: no server is started",
     "vllm/third_party/deep_gemm/*": "fp8 matrix products: weights are bf16",
     "vllm/_deepselect_C.abi3.so": "sparse MLA attention",

@@ -490,8 +490,12 @@ def test_no_parameters_end_the_engine(make_server, make_request, place, value, r
     assert bool(received) == (rejected or request.kv_transfer_params is not None)
 
 
-def test_only_a_prefill_server_that_is_named_is_notified(decoder) -> None:
-    """A refused request ends there; the engine hears of it for the sake of the blocks that wait for it."""
+@pytest.mark.parametrize("has_uniprefill", [True, False])
+def test_only_a_prefill_server_that_is_named_is_notified(decoder, has_uniprefill: bool) -> None:
+    """A refused request ends there; the engine hears of it for the sake of the blocks that wait for it.
+
+    Without the flag of all, as in the release: other connectors have other parameters.
+    """
     from vllm.entrypoints.generate.base.serving import GenerateBaseServing
 
     notified = []
@@ -504,15 +508,17 @@ def test_only_a_prefill_server_that_is_named_is_notified(decoder) -> None:
 
     serving = SimpleNamespace(
         has_kv_connector=True,
+        has_uniprefill=has_uniprefill,
         engine_client=SimpleNamespace(notify_kv_transfer_request_rejected=notify),
         _get_data_parallel_rank=lambda _: None,
     )
     good = offered(decoder, uniprefill="forged")
-    for params in (good, offered(decoder, remote_engine_id=[]), {"do_remote_prefill": True}):
+    asked = [good, offered(decoder, remote_engine_id=[]), {"do_remote_prefill": True}]
+    for params in asked:
         request = SimpleNamespace(kv_transfer_params=params, request_id="0")
         with pytest.raises(ValueError):
             asyncio.run(GenerateBaseServing._with_kv_transfer_rejection_cleanup(serving, refuse(), request, None))
-    assert notified == [good]
+    assert notified == ([good] if has_uniprefill else asked)
 
 
 def test_a_parameter_that_was_used_up_leaves_the_prefill_here(make_server, make_request) -> None:
