@@ -3,7 +3,6 @@
 import os
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 # Their cases share no fixture, so each goes to whichever worker is free; other files go as a whole.
 SPREAD = ("test_oracle_agreement.py", "test_architectures.py", "test_keep_all.py")
@@ -15,11 +14,14 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
-class FileOrCaseScheduling(LoadFileScheduling):
-    def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return nodeid if file.endswith(SPREAD) else file
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    # The machine of tests/gpu has no xdist.
+    from xdist.scheduler import LoadFileScheduling
 
+    class FileOrCaseScheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return nodeid if file.endswith(SPREAD) else file
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> FileOrCaseScheduling:
     return FileOrCaseScheduling(config, log)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from evals import gpu as cli
+from scripts.fork import ROOT
 
 TOY = """
 import sys, time
@@ -175,6 +178,20 @@ def test_the_real_parts_fit_eight_minutes_and_can_be_tried_small() -> None:
             else:
                 (file,) = [word for word in part.command if word.startswith("tests/")]
                 assert (cli.ROOT / file).is_file()
+
+
+def test_the_checks_need_no_plugin_that_the_box_lacks() -> None:
+    """Its image has pytest alone."""
+    image = json.loads((ROOT / "scripts" / "gpu_image.json").read_text())["packages"]
+    tools = (ROOT / "scripts" / "requirements-dev.txt").read_text().split()
+    plugins = [name for name in tools if name.startswith("pytest-") and name not in image]
+    lacking = sorted(("xdist" if name == "pytest-xdist" else name.replace("-", "_")) for name in plugins)
+    assert "xdist" in lacking
+    code = f"import sys, pytest; sys.modules |= dict.fromkeys({lacking}); "
+    code += "sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', 'tests/gpu']))"
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_an_unknown_part_is_refused(capsys) -> None:
