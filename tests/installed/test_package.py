@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import fork, tree, wheels
+from scripts import fork, lock, tree, wheels
 
 LAYOUT = fork.Layout()
 DEVICE = "cpu" if version("vllm").endswith(".cpu") else "cuda"
@@ -67,8 +67,10 @@ def test_every_file_of_the_package_is_what_record_says():
 
 
 def test_the_requirements_are_satisfied():
+    """But for NIXL's libraries for another CUDA, which it asks for too."""
     done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    missing = [line for line in done.stdout.splitlines() if lock.LEFT_OUT[DEVICE] not in line]
+    assert missing in ([], ["No broken requirements found."])
 
 
 def test_the_console_script_is_ours():
