@@ -197,6 +197,8 @@ def test_in_the_lane_a_group_takes_blocks_when_the_prompt_gets_to_it(make_schedu
     ]
     lane.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
     assert lane.held == 0
+    managers = lane.scheduler.kv_cache_manager.coordinator.single_type_managers
+    assert not any("allocate_new_blocks" in vars(manager) for manager in managers), "others pay for no lane"
 
 
 def test_the_blocks_that_a_worker_hears_of_begin_with_null(make_scheduler, make_request, finish_step) -> None:
