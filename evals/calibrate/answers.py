@@ -9,6 +9,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+from evals.bench.engine import MIN_LENGTH
 from evals.calibrate.model import Watch, WatchedModel
 from evals.calibrate.ranks import Sample, progress
 from evals.lm.arithmetic import make_row, pooled
@@ -48,7 +49,7 @@ def start_engine(
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     longest = max(sample.num_tokens + sample.prompt.max_new_tokens for sample in samples)
-    config = {"profile": str(profile), "min_prompt_tokens": min(1024, *(sample.num_tokens for sample in samples))}
+    config = {"profile": str(profile), "min_prompt_tokens": min(MIN_LENGTH, *(sample.num_tokens for sample in samples))}
     given = argparse.Namespace(model=str(path), lengths=[longest], uniprefill_config=config, engine_args=more)
     backend = make_engine_backend(str(path), engine_arguments(given, cpu, 1), True, 1)
     import vllm

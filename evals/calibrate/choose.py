@@ -193,10 +193,8 @@ class Trial:
         _, window, heads = min(found)
         return Cut(layer, tuple(sorted(heads)), WINDOWS[window])
 
-    def plans(self, limit: float = MAY_BE_LOST) -> Iterator[Plan]:
-        """Those that hold, the cheapest first; of each with several cuts also those with fewer.
-
-        limit: share of the needed places that may be lost.
+    def plans(self) -> Iterator[Plan]:
+        """Those that hold; of each with several cuts also those with fewer.
 
         Raises:
             ForkError: if too few prompts can tell of a loss.
@@ -213,26 +211,26 @@ class Trial:
         firsts = [
             plan
             for hops in ((1, 2) if can_follow else (1,))
-            for plan in self._held_with_another_cut(Plan((), hops), scorers[hops], limit)
+            for plan in self._held_with_another_cut(Plan((), hops), scorers[hops])
         ]
-        for first in sorted(firsts, key=self.computed):
+        for first in firsts:
             grown = [first]
             while len(grown) < MAX_CUTS:
-                further = list(self._held_with_another_cut(grown[-1], scorers[first.hops], limit))
+                further = list(self._held_with_another_cut(grown[-1], scorers[first.hops]))
                 best = min(further, key=self.computed, default=None)
                 if best is None or self.computed(best) > (1 - WORTH_A_CUT) * self.computed(grown[-1]):
                     break
                 grown.append(best)
-            yield from reversed(grown)
+            yield from grown
 
-    def _held_with_another_cut(self, plan: Plan, scorers: dict[int, Cut], limit: float) -> Iterator[Plan]:
+    def _held_with_another_cut(self, plan: Plan, scorers: dict[int, Cut]) -> Iterator[Plan]:
         after = plan.cuts[-1].layer if plan.cuts else -1
         for layer, scorer in scorers.items():
             if layer <= after:
                 continue
             for by, amounts in AMOUNTS.items():
                 for stricter, amount in pairwise(amounts):
-                    if self.recall(plan.with_cut(replace(scorer, by=by, amount=stricter))) >= 1 - limit:
+                    if self.recall(plan.with_cut(replace(scorer, by=by, amount=stricter))) >= 1 - MAY_BE_LOST:
                         yield plan.with_cut(replace(scorer, by=by, amount=amount))
                         break
 
@@ -252,9 +250,9 @@ def candidates(trial: Trial) -> Iterator[Plan]:
         ForkError: if too few prompts can tell of a loss.
 
     """
-    plans = {other: trial.computed(other) for plan in trial.plans() for other in (plan, *milder(plan))}
+    plans = dict.fromkeys(other for plan in trial.plans() for other in (plan, *milder(plan)))
     dearest = 0.0
-    for plan, computed in sorted(plans.items(), key=lambda item: item[1]):
+    for plan, computed in sorted(((plan, trial.computed(plan)) for plan in plans), key=lambda found: found[1]):
         if dearest * NEXT_CANDIDATE <= computed < 1:
             dearest = computed
             yield plan

@@ -28,6 +28,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from evals.bench.engine import MIN_LENGTH
 from evals.bench.shapes import ModelShape, model_name, read_config
 from evals.provenance import add_results_option, command_line, count_argument, package_problem, provenance
 from scripts import models
@@ -328,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with open_records(args.records, same, args.fresh) as records:
         for alike in methods:
             # On a GPU too, whose default would leave a length such as 4K dense.
-            config = {"min_prompt_tokens": 1024} | alike[0].config
+            config = {"min_prompt_tokens": MIN_LENGTH} | alike[0].config
             given = arguments | ({} if args.base_url else {"uniprefill_config": config})
             with asked_backend(args, given, batch_size, about["package"]) as backend:
                 run = Run(backend, records, alike, args.limit, args.ttft_samples, batch_size, args.apply_chat_template)
