@@ -12,6 +12,7 @@ import contextlib
 import gc
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from scripts.serve import NEEDLE_MODEL
 
 FOLDER = ROOT / "build" / "calibrate"
 LENGTHS = (1024, 2048)
+POOLED = ("samples", "dense", "pruned", "difference", "interval", "interval_method")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,11 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = provenance()
 
     from evals.calibrate import answers, report
-    from evals.calibrate.choose import Trial, candidates
+    from evals.calibrate.choose import Plan, Trial, candidates
     from evals.calibrate.model import WatchedModel, identity
     from evals.calibrate.prompts import PARTS, make_prompts
     from evals.calibrate.ranks import progress, record
-    from evals.lm.records import model_fingerprint, open_records
+    from evals.lm.records import Records, model_fingerprint, open_records
 
     if not (args.model / "config.json").is_file():
         raise ForkError(f"--model {args.model} holds no config.json; name the folder of a model.")
@@ -133,48 +135,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.results / name
     args.results.mkdir(parents=True, exist_ok=True)
     layers, about_model = model.layers, {"name": name, **identity(model.config)}
+    cpu = about["machine"]["device"] == "cpu"
     if args.backend == "vllm":
         del model
         gc.collect()
-    with open_records(args.records, same, fresh=False) as kept_answers:
-        for rejected, plan in enumerate(candidates(trials["choose"])):
-            settings = plan.settings()
-            say(f"candidate {rejected + 1}, {check.computed(plan):.0%} computed: {json.dumps(settings)}")
-            evidence: dict[str, Any] = {
-                **{part: recall_facts(trial, plan) for part, trial in trials.items()},
-                "ranks": [check.rank_facts(cut) for cut in plan.cuts],
-                "rejected": rejected,
-                "end_to_end": None,
+
+    def holds(plan: Plan, kept_answers: Records) -> dict[str, Any] | None:
+        """Its profile with the answers, if these lose no more than they may."""
+        settings = plan.settings()
+        say(f"{check.computed(plan):.0%} computed: {json.dumps(settings)}")
+        evidence = {
+            **{part: recall_facts(trial, plan) for part, trial in trials.items()},
+            "ranks": [check.rank_facts(cut) for cut in plan.cuts],
+        }
+        profile = {"model": about_model, "settings": settings, "evidence": evidence, "made": made}
+        with contextlib.ExitStack() as stack:
+            if args.backend == "transformers":
+                ask, backend = answers.with_transformers(model, settings), None
+            else:
+                asked = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "profile.json"
+                asked.write_text(json.dumps(profile))
+                ask, backend = answers.start_engine(args.model, asked, check.samples, cpu, args.engine_args)
+                stack.callback(backend.close)
+            ask_all = partial(answers.compare, check.samples, ask, backend, records=kept_answers, settings=settings)
+            everything = answers.together(ask_all(timed=0))
+            say(f"dense {everything['dense']:.1%}, pruned {everything['pruned']:.1%} right")
+            if everything["difference"] < -args.loss / 100:
+                return None
+            evidence["end_to_end"] = {
+                "by": f"vLLM {about['package']}"
+                if args.backend == "vllm"
+                else f"transformers {version('transformers')}",
+                "all": {key: everything[key] for key in POOLED},
+                "rows": ask_all(timed=args.timed),
             }
-            profile = {"model": about_model, "settings": settings, "evidence": evidence, "made": made}
-            Path(f"{output}.json").write_text(json.dumps(profile, indent=1) + "\n")
-            with contextlib.ExitStack() as stack:
-                if args.backend == "transformers":
-                    ask, backend = answers.with_transformers(model, settings), None
-                else:
-                    cpu = about["machine"]["device"] == "cpu"
-                    ask, backend = answers.start_engine(
-                        args.model, Path(f"{output}.json"), check.samples, cpu, args.engine_args
-                    )
-                    stack.callback(backend.close)
-                ask_all = partial(answers.compare, check.samples, ask, backend, records=kept_answers, settings=settings)
-                pooled = answers.together(ask_all(timed=0))
-                say(f"dense {pooled['dense']:.1%}, pruned {pooled['pruned']:.1%} right")
-                if pooled["difference"] >= -args.loss / 100:
-                    rows = ask_all(timed=args.timed)
-                    break
-        else:
-            Path(f"{output}.json").unlink(missing_ok=True)
-            raise ForkError(
-                f"No setting loses at most {args.loss:g} points of the check part's answers; raise --loss or --prompts."
-            )
-    evidence["end_to_end"] = {
-        "by": f"vLLM {about['package']}" if args.backend == "vllm" else f"transformers {version('transformers')}",
-        "all": {
-            key: pooled[key] for key in ("samples", "dense", "pruned", "difference", "interval", "interval_method")
-        },
-        "rows": rows,
-    }
+        return profile
+
+    with open_records(args.records, same, fresh=False) as kept_answers:
+        plans = candidates(trials["choose"], check)
+        asked, profile = next(
+            ((i, found) for i, plan in enumerate(plans, 1) if (found := holds(plan, kept_answers))), (0, None)
+        )
+    if profile is None:
+        raise ForkError(
+            f"No setting loses at most {args.loss:g} points of the check part's answers; raise --loss or --prompts."
+        )
+    profile["evidence"]["candidates"] = {"made": len(plans), "asked": asked}
+    rows = profile["evidence"]["end_to_end"]["rows"]
     report.plot(profile, layers, check.samples, Path(f"{output}.png"))
     Path(f"{output}.json").write_text(json.dumps(profile, indent=1) + "\n")
     Path(f"{output}.md").write_text(report.markdown(profile))

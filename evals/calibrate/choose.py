@@ -243,16 +243,21 @@ def milder(plan: Plan) -> Iterator[Plan]:
         yield replace(plan, cuts=tuple(cuts))
 
 
-def candidates(trial: Trial) -> Iterator[Plan]:
-    """Plans that hold and milder ones, the cheapest first, each at least 5 % dearer than the one before.
+def candidates(trial: Trial, check: Trial) -> list[Plan]:
+    """Plans that hold on `trial` and milder ones, the cheapest first, each at least 5 % dearer than the one before.
+
+    What they cost is the mean over the prompts of both.
 
     Raises:
         ForkError: if too few prompts can tell of a loss.
 
     """
     plans = dict.fromkeys(other for plan in trial.plans() for other in (plan, *milder(plan)))
+    chosen: list[Plan] = []
     dearest = 0.0
-    for plan, computed in sorted(((plan, trial.computed(plan)) for plan in plans), key=lambda found: found[1]):
+    costs = [(plan, fmean(part.computed(plan) for part in (trial, check))) for plan in plans]
+    for plan, computed in sorted(costs, key=lambda found: found[1]):
         if dearest * NEXT_CANDIDATE <= computed < 1:
             dearest = computed
-            yield plan
+            chosen.append(plan)
+    return chosen

@@ -18,9 +18,9 @@ METHOD = """\
 - **recall**: prompts of which every needed block is still alive after the last cut. It counts prompts that the model
   answers when nothing is dropped, and whose needed blocks are not kept anyway.
 - **computed**: the prefill's FLOPs, as a share of the dense ones; scoring is free here.
-- The part `choose` made the candidates, by what they save and by recall; the first of them that loses no more than the
-  limit of the answers to `check`, which has other wordings, haystacks and seeds, stands. Since these answers chose it,
-  they flatter it a little: `make eval` asks others. Prompts of other kinds (summaries, code, conversations) were not
+- The part `choose` made the candidates, by what they save and by recall; the cheapest that loses no more than the limit
+  of the answers to `check`, which has other wordings, haystacks and seeds, stands. Since these answers chose it, they
+  flatter it a little: `make eval` asks others. Prompts of other kinds (summaries, code, conversations) were not
   asked.
 - Dense and pruned answer the same prompts; columns and intervals as in `evals/README.md`."""
 
@@ -54,13 +54,14 @@ def part_lines(evidence: dict[str, Any]) -> list[tuple[str, ...]]:
 def markdown(profile: dict[str, Any]) -> str:
     model, made, evidence = profile["model"], profile["made"], profile["evidence"]
     shape = f"{model['num_layers']} layers, {model['num_heads']} heads, {model['num_kv_heads']} KV heads"
+    tried = evidence["candidates"]
     facts = [
         ("model", f"{model['name']}: {model['architecture']}, {shape}"),
         ("lengths", ", ".join(f"{length:,}" for length in made["lengths"])),
         ("hops", str(profile["settings"]["hops"])),
         (
             "limit",
-            f"{made['loss']:g} points of the answers lost; candidates that lost more: {evidence['rejected']}",
+            f"{made['loss']:g} points of the answers lost; of {tried['made']} candidates {tried['asked']} were asked",
         ),
         ("package", f"{made['package']}, torch {made['torch']}, transformers {made['transformers']}"),
         ("command", f"`{made['command']}`"),
