@@ -2,7 +2,8 @@
 PYTHON ?= python3
 # cpu or cuda; empty: cuda where there is an NVIDIA GPU
 DEVICE ?=
-# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the program (bench, bench-load, soak, eval)
+# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the program (bench, bench-load, bench-apart, soak,
+# eval)
 ARGS ?=
 MODEL ?=
 # of model: which one
@@ -11,7 +12,7 @@ NAME ?=
 LENGTHS ?=
 LIMIT ?=
 TASKS ?=
-# of bench, bench-load, soak, eval, calibrate and bench-gpu: the folder of the result; empty: build/results
+# of bench, bench-load, bench-apart, soak, eval, calibrate and bench-gpu: the folder of the result; empty: build/results
 RESULTS ?=
 TO ?=
 
@@ -22,8 +23,8 @@ MODEL_OPTION := $(if $(MODEL),--model '$(MODEL)')
 RESULTS_OPTION := $(if $(RESULTS),--results '$(RESULTS)')
 
 .DEFAULT_GOAL := help
-.PHONY: help source tree refresh discard-edits check build wheel serve demo model test test-upstream bench bench-load soak \
-	eval calibrate bench-gpu pack-gpu docker rebase-check lock clean distclean
+.PHONY: help source tree refresh discard-edits check build wheel serve demo model test test-upstream bench bench-load \
+	bench-apart soak eval calibrate bench-gpu pack-gpu docker rebase-check lock clean distclean
 
 help: ## list the tasks
 	@echo 'make TASK [DEVICE=cpu|cuda] [MODEL=path-or-name] [ARGS="…"]'
@@ -71,6 +72,9 @@ bench: build ## times, dense against pruned: gain by length, its parts, decode
 
 bench-load: build ## a live server under short and long prompts at once, with vllm bench serve
 	@exec $(VENV) -m evals.bench.load $(MODEL_OPTION) $(RESULTS_OPTION) $(ARGS)
+
+bench-apart: build ## one server against prefill and decode apart, over a slowed link (needs unshare, ip and tc)
+	@exec unshare --map-root-user --net $(VENV) -m evals.bench.apart $(MODEL_OPTION) $(RESULTS_OPTION) $(ARGS)
 
 soak: build ## half an hour of random traffic and faults against a live server
 	@$(if $(MODEL),echo 'make soak checks answers that only the needle model gives: leave MODEL out' >&2; exit 2;) \

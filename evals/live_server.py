@@ -1,7 +1,8 @@
-"""The needle model served by `vllm serve` on a free port of this machine, and its metrics."""
+"""The needle model served by `vllm serve` on free ports of this machine, in one server or apart, and its metrics."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -92,7 +93,7 @@ def live_server(
     """Serve until the block ends; then nothing of the server runs.
 
     Args:
-        options: of `vllm serve`; one of value None stands alone.
+        options: of `vllm serve`; one of value None stands alone. Without --port it is a free one.
         log: where the server's output goes.
         model: a folder.
         environment: set for the server beside what this process has; the engine gets its own process in any case.
@@ -101,7 +102,7 @@ def live_server(
         ForkError: if it does not get ready, with the last lines of its log.
 
     """
-    address = Address("127.0.0.1", free_port())
+    address = Address("127.0.0.1", int(options.get("--port") or free_port()))
     command = serve_command(address.port, options, model)
     with ExitStack() as stack:
         stream = stack.enter_context(log.open("wb"))
@@ -112,6 +113,50 @@ def live_server(
         except ForkError as error:
             raise ForkError(f"{error}\n{last_lines(log)}") from None
         yield LiveServer(process, address.url, log)
+
+
+def apart_options(role: str) -> dict[str, str | None]:
+    """Of a server that prefills (`kv_producer`) or decodes (`kv_consumer`)."""
+    transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_load_failure_policy": "recompute"}
+    return {"--kv-transfer-config": json.dumps(transfer)}
+
+
+def apart_environment(part: int) -> dict[str, str]:
+    """Of the first or the second of two such servers, which have half of the cores each.
+
+    Threads of two servers on the same cores wait for each other for minutes.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    own = (cores[:middle], cores[middle:])[part] or cores
+    return {
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own)),
+    }
+
+
+@contextmanager
+def router(prefill: Sequence[str], decode: Sequence[str], log: Path) -> Iterator[str]:
+    """The URL of vllm-router in front of the servers at these URLs; it takes up a server that is back within seconds.
+
+    Raises:
+        ForkError: if it does not get ready, with the last lines of its log.
+
+    """
+    address = Address("127.0.0.1", free_port())
+    options = ["--host", address.host, "--port", str(address.port), "--prometheus-port", str(free_port())]
+    options += ["--policy", "round_robin", "--health-check-interval-secs", "1", "--disable-circuit-breaker"]
+    options += ["--disable-retries", "--vllm-pd-disaggregation"]
+    for option, urls in (("--prefill", prefill), ("--decode", decode)):
+        options += [word for url in urls for word in (option, url)]
+    command = [sys.executable, str(Path(sys.executable).with_name("vllm-router")), *options]
+    with log.open("wb") as stream, server(command, stream.fileno()) as process:
+        try:
+            wait_until_ready(process, address, READY_SECONDS)
+        except ForkError as error:
+            raise ForkError(f"{error}\n{last_lines(log)}") from None
+        yield address.url
 
 
 def last_lines(log: Path, count: int = 15) -> str:

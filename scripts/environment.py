@@ -1,6 +1,6 @@
 """build/venv: the project's environment, made once and kept at what its lock says.
 
-As a program: an environment of its own for the container image, without the tests' tools.
+As a program: an environment of its own for the container image, without the tests' tools but for two that serve too.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from scripts.fork import ForkError, Layout, run_main, say
 
 SCRIPTS = Path(__file__).resolve().parent
 CUDA_LIBRARIES = ("cuda-", "nvidia-")
+# for prefill and decode apart
+SERVING = ("nixl", "vllm-router")
 
 
 def check_python(version: tuple[int, int] = sys.version_info[:2]) -> None:
@@ -58,10 +60,10 @@ def torch_needs_cuda(python: Path) -> bool:
 
 
 def install_lock(python: Path, device: str, tools: bool = True) -> None:
-    """Install what the lock of `device` says, hashes required, with or without the tests' tools."""
+    """Install what the lock of `device` says, hashes required, with or without the tests' tools that do not serve."""
     pins = lock.read(lock.path_of(device))
     if not tools:
-        pins = lock.without_tools(pins)
+        pins = lock.without_tools(pins, keep=SERVING)
     # the lock is complete; and pip before 24 refuses, with hashes, a dependency that names an extra
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check", "-q", "--require-hashes", "--no-deps", "-r"]
     with tempfile.TemporaryDirectory() as folder:

@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +54,13 @@ def read(path: Path) -> list[Pin]:
     return pins
 
 
-def without_tools(pins: list[Pin]) -> list[Pin]:
-    """What the package itself needs: no pin that only the tests' and evaluations' tools ask for."""
-    wanted = {pin.name for pin in pins if any(who.startswith("-r ") and not who.endswith(TOOLS) for who in pin.via)}
+def without_tools(pins: list[Pin], keep: Container[str] = ()) -> list[Pin]:
+    """What the package itself and those in `keep` need: no pin that only the tests' and evaluations' tools ask for."""
+    wanted = {
+        pin.name
+        for pin in pins
+        if pin.name in keep or any(who.startswith("-r ") and not who.endswith(TOOLS) for who in pin.via)
+    }
     while more := {pin.name for pin in pins if pin.name not in wanted and pin.via & wanted}:
         wanted |= more
     return [pin for pin in pins if pin.name in wanted]

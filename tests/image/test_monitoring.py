@@ -1,5 +1,6 @@
 """The dashboard, Prometheus' settings and the compose files: valid, consistent, about metrics that exist."""
 
+import argparse
 import json
 import os
 import re
@@ -181,8 +182,7 @@ def test_compose_files_follow_the_specification():
     program = shutil.which("check-jsonschema", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not program:
         pytest.skip("check-jsonschema is not installed")
-    files = [DOCKER / "compose.yaml", DOCKER / "compose.cuda.yaml"]
-    command = [program, "--builtin-schema", "vendor.compose-spec", *files]
+    command = [program, "--builtin-schema", "vendor.compose-spec", *sorted(DOCKER.glob("compose*.yaml"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -194,10 +194,11 @@ def test_images_are_pinned_and_ours_is_what_make_docker_tags():
     assert all(re.fullmatch(r"(prom|grafana)/[a-z]+:v?\d+\.\d+\.\d+", images[n]) for n in ("prometheus", "grafana"))
 
 
-def test_compose_volumes_are_there():
-    document = compose()
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.apart.yaml"])
+def test_compose_volumes_are_there(name):
+    document = compose(name)
     for service in document["services"].values():
-        for volume in service["volumes"]:
+        for volume in service.get("volumes", []):
             source = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", volume).split(":")[0]
             assert (DOCKER / source).exists() if source.startswith(".") else source in document["volumes"], volume
 
@@ -218,10 +219,37 @@ def test_prometheus_scrapes_the_server_and_grafana_reads_prometheus():
     assert home == f"{provider['options']['path']}/{dashboard.DASHBOARD.name}"
 
 
+def words(service):
+    """What a service's command is without anything set."""
+    return shlex.split(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", service["command"]))
+
+
+def test_compose_apart_is_one_prefill_and_two_decode_servers_behind_a_router():
+    from vllm_router.router_args import RouterArgs
+
+    services, plain = compose("compose.apart.yaml")["services"], compose()["services"]["vllm"]
+    router = services.pop("router")
+    assert router["entrypoint"] == ["vllm-router"]
+    assert set(router["depends_on"]) == set(services) and set(plain["security_opt"]) <= set(router["security_opt"])
+    RouterArgs.add_cli_args(parser := argparse.ArgumentParser(), use_router_prefix=False)
+    options = RouterArgs.from_cli_args(parser.parse_args(words(router)), use_router_prefix=False)
+    assert options.vllm_pd_disaggregation and options.host == "0.0.0.0"
+    assert router["ports"] == [f"${{PORT:-{options.port}}}:{options.port}"]
+    urls = {"kv_producer": [url for url, _ in options.prefill_urls], "kv_consumer": options.decode_urls}
+    alike = plain.keys() - {"command", "environment", "ports"}
+    for name, service in services.items():
+        assert {key: service[key] for key in alike} == {key: plain[key] for key in alike}
+        at = words(service).index("--kv-transfer-config")
+        assert words(service)[:at] + words(service)[at + 2 :] == words(plain)
+        urls[json.loads(words(service)[at + 1])["kv_role"]].remove(f"http://{name}:8000")
+    assert urls == {"kv_producer": [], "kv_consumer": []}
+    # the host that a server binds is the one that others are told
+    assert services["prefill"]["environment"]["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "prefill"
+
+
 def test_compose_serves_the_needle_model_by_default():
     """The default arguments are options that vllm serve has, and the folder holds a model."""
-    command = compose()["services"]["vllm"]["command"]
-    model, *arguments = shlex.split(re.sub(r"\$\{\w+:-(.*?)\}", r"\1", command))
+    model, *arguments = words(compose()["services"]["vllm"])
     folder = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", compose()["services"]["vllm"]["volumes"][0]).split(":")
     assert (DOCKER / folder[0] / Path(model).relative_to(folder[1]) / "config.json").is_file()
     options = dict(zip(arguments, [*arguments[1:], ""], strict=True))

@@ -1,27 +1,114 @@
-"""A decode server over HTTP, whose clients forge what a prefill server would send."""
+"""Servers that prefill and decode apart, over HTTP: behind vllm-router, and a decode server whose clients forge."""
 
 from __future__ import annotations
 
 import json
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
 
-import pytest
+import psutil
 from test_server import complete
 
-from evals.live_server import free_port, live_server
-from evals.needle.prompts import make_prompt
+from evals.live_server import LiveServer, apart_environment, apart_options, free_port, live_server, router
+from evals.needle.prompts import NeedlePrompt, is_correct, make_prompt
+from scripts.serve import session_members
 
-TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_consumer", "kv_load_failure_policy": "recompute"}
+OPTIONS = {
+    "--uniprefill-config": '{"top_p": 0.9}',
+    "--block-size": "32",
+    "--kv-cache-memory-bytes": "256M",
+    "--max-model-len": "16384",
+}
+PREFILL_OPTIONS = OPTIONS | {"--uniprefill-config": '{"top_p": 0.9, "decline_below_tokens": 1536}'}
+SECONDS = 240  # for a state to come
+
+
+def wait_until(holds: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + SECONDS
+    while not (found := holds()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def running(server: LiveServer) -> float:
+    return server.metrics().total("vllm:num_requests_running")
+
+
+def ask(url: str, prompt: NeedlePrompt, **body: Any) -> tuple[int, dict[str, Any]]:
+    """Status and the answer's choice; {} with an error, which the router does not say as JSON."""
+    sent = {"model": "needle", "prompt": prompt.text, "max_tokens": 4, "temperature": 0}
+    sent |= {"vllm_xargs": {"uniprefill_report": 1}} | body
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(sent).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+            return response.status, json.load(response)["choices"][0]
+    except urllib.error.HTTPError as error:
+        return error.code, {}
+
+
+def check(asked: NeedlePrompt, answer: tuple[int, dict[str, Any]], remote: bool) -> None:
+    """Right; by the decode server's report its KV came from the prefill server, or it pruned the prompt itself."""
+    status, choice = answer
+    assert status == 200 and is_correct(asked, choice["text"])
+    report = choice["uniprefill"]
+    assert report["outcome"] == ("received" if remote else "pruned")
+    assert (report.get("transfer", {}).get("bytes_moved", 0) > 0) is remote
+
+
+def test_long_prompts_are_prefilled_apart_and_a_dead_prefill_server_takes_nothing_else_with_it(tmp_path) -> None:
+    port = str(free_port())
+    remote = [make_prompt("multikey", tokens, seed) for seed, tokens in enumerate((1600, 3000, 6000, 8000))]
+    local = [make_prompt("multikey", tokens, seed) for seed, tokens in enumerate((1100, 1300, 1500))]
+    slow = make_prompt("multikey", 16000, 7)
+
+    def prefill_server(name: str):
+        options = PREFILL_OPTIONS | apart_options("kv_producer") | {"--port": port}
+        return live_server(options, tmp_path / name, environment=apart_environment(0))
+
+    decode_options = OPTIONS | apart_options("kv_consumer")
+    with (
+        live_server(decode_options, tmp_path / "decode", environment=apart_environment(1)) as decode,
+        prefill_server("prefill") as prefill,
+        router([prefill.url], [decode.url], tmp_path / "router") as url,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        asked = [(prompt, pool.submit(ask, url, prompt)) for prompt in remote + local]
+        for prompt, answer in asked:
+            check(prompt, answer.result(), remote=prompt in remote)
+
+        decoded = pool.submit(ask, url, remote[1], max_tokens=200, ignore_eos=True)
+        wait_until(lambda: running(decode) == 1 and running(prefill) == 0)
+        lost = pool.submit(ask, url, slow, vllm_xargs={"uniprefill": 0})
+        wait_until(lambda: running(prefill) == 1)
+        for member in session_members(prefill.process.pid):
+            with suppress(psutil.Error):
+                member.send_signal(signal.SIGKILL)
+        assert lost.result()[0] >= 500, "what was in flight on it"
+        check(remote[1], decoded.result(), remote=True)
+        assert decoded.result()[1]["finish_reason"] == "length"
+        assert ask(url, remote[2])[0] >= 500, "no prefill server"
+
+        with prefill_server("again") as again:
+            assert again.url == prefill.url
+            wait_until(lambda: ask(url, local[0])[0] == 200)
+            for prompt in remote[:2]:
+                check(prompt, ask(url, prompt), remote=True)
+            wait_until(lambda: running(again) == running(decode) == 0)
+            wait_until(lambda: decode.metrics().total("vllm:kv_cache_usage_perc") == 0)
 
 
 def test_a_server_goes_on_after_forged_parameters(tmp_path) -> None:
     """HTTP 400 by name, though the server tells the prefill server of every request that it refuses."""
-    options = {
-        "--uniprefill-config": '{"top_p": 0.9}',
-        "--kv-transfer-config": json.dumps(TRANSFER),
-        "--block-size": "32",
-        "--kv-cache-memory-bytes": "128M",
-        "--max-model-len": "4096",
-    }
+    options = OPTIONS | apart_options("kv_consumer") | {"--kv-cache-memory-bytes": "128M", "--max-model-len": "4096"}
     text = make_prompt("multikey", 1500, 0).text
     address = {
         "remote_engine_id": "forged",
@@ -38,8 +125,7 @@ def test_a_server_goes_on_after_forged_parameters(tmp_path) -> None:
         ({"remote_block_ids": [1]}, "remote_block_ids"),
         ({"remote_port": None}, "remote_port"),
     ]
-    environment = {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-    with live_server(options, tmp_path / "log", environment=environment) as live:
+    with live_server(options, tmp_path / "log", environment=apart_environment(0)) as live:
         for changed, name in forged:
             params = {"do_remote_prefill": True, **address, **changed}
             status, answer = complete(live.url, text, kv_transfer_params=params)

@@ -121,8 +121,9 @@ def test_the_image_gets_no_tools(tmp_path):
     assert [pin.name for pin in pins] == ["both", "ours", "tool", "used"]
     assert pins[1].text == "ours==2 ; python_version < '3.12' \\\n    --hash=sha256:bb\n"
     assert [pin.name for pin in lock.without_tools(pins)] == ["both", "ours"]
-    names = {pin.name for pin in lock.without_tools(lock.read(lock.path_of("cpu")))}
-    assert {"torch", "triton", "transformers", "numpy"} <= names
+    assert [pin.name for pin in lock.without_tools(pins, keep=("tool",))] == ["both", "ours", "tool", "used"]
+    names = {pin.name for pin in lock.without_tools(lock.read(lock.path_of("cpu")), keep=environment.SERVING)}
+    assert {"torch", "triton", "transformers", "numpy", "nixl", "nixl-cu12", "vllm-router", "orjson"} <= names
     assert not names & {"pytest", "ruff", "lm-eval", "uv", "schemathesis"}
 
 
