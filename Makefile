@@ -8,7 +8,7 @@ ARGS ?=
 MODEL ?=
 # of model: which one
 NAME ?=
-# of eval, calibrate: 4K,16K; of eval: samples of each task and length; tasks or groups
+# of eval, calibrate: 4K,16K; of eval: samples of each task, for all lengths or each (50,20); tasks or groups
 LENGTHS ?=
 LIMIT ?=
 TASKS ?=

@@ -54,6 +54,11 @@ def lengths_argument(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list like 4096,8K,16K") from None
 
 
+def limits_argument(text: str) -> tuple[int, ...]:
+    """ "50,20" -> (50, 20)."""
+    return tuple(count_argument(word) for word in text.split(","))
+
+
 def top_p_argument(text: str) -> tuple[float, ...]:
     try:
         values = tuple(sorted({float(word) for word in text.split(",")}))
@@ -91,7 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", type=models.resolve, default=str(NEEDLE_MODEL), help="a folder, a hub name or a NAME of `make model`"
     )
     add("--lengths", type=lengths_argument, default=LENGTHS, metavar="N,N", help="tokens, prompt and answer")
-    add("--limit", type=count_argument, default=50, help="samples of each task and length (default: %(default)s)")
+    add(
+        "--limit",
+        type=limits_argument,
+        default=(50,),
+        metavar="N,N",
+        help="samples of each task, for all lengths or for each of them (default: 50)",
+    )
     add("--tasks", help="tasks or groups (default: `needle` for the needle model, `local_ruler` for others)")
     add("--top-p", type=top_p_argument, metavar="P,P", help="sent with each pruned request (default: .99)")
     add("--uniprefill-config", type=json_argument, metavar="JSON", help="of the engine or server that is started")
@@ -100,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=method_argument,
         action="append",
         metavar="NAME=JSON",
-        help="instead of --uniprefill-config: a config under a name; several are compared, each by an engine of its own",
+        help="instead of --uniprefill-config: a config under a name; several are compared, by an engine each",
     )
     add("--backend", choices=("vllm", "api"), default="vllm", help="in this process, or through a server")
     add("--base-url", metavar="URL", help="a server that runs; otherwise `--backend api` starts one")
@@ -283,9 +294,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from evals.lm.tasks import Tasks
 
     cpu = about["machine"]["device"] == "cpu"
+    limits = args.limit * (len(args.lengths) if len(args.limit) == 1 else 1)
+    if len(limits) != len(args.lengths):
+        raise ForkError(f"--limit gives {len(limits)} numbers for {len(args.lengths)} lengths; give one, or one each.")
     batch_size = args.batch_size or (CPU_SEQUENCES if cpu else GPU_SEQUENCES)
     variants = chosen_variants(args)
-    metadata = {"tokenizer": args.model, "num_samples": args.limit, "reserved_tokens": reserved_tokens(args)}
+    metadata = {"tokenizer": args.model, "num_samples": max(limits), "reserved_tokens": reserved_tokens(args)}
     names = (args.tasks or ("needle" if is_needle(args.model) else "local_ruler")).split(",")
     tasks = Tasks(names, metadata)
     arguments = {} if args.base_url else engine_arguments(args, cpu, batch_size)
@@ -303,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "asked": asked,
             "tasks": tasks.names,
             "lengths": args.lengths,
-            "limit": args.limit,
+            "limit": limits,
             "uniprefill_config": {
                 alike[0].method: "the server's own" if args.base_url else alike[0].config for alike in methods
             },
@@ -316,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plotted": f"{output.name}.png" if several else None,
         "rows": [],
     }
-    # Not the commit, the lengths or the tasks: a prompt that is the same has the same answer, a dense one with any config.
+    # Not the commit, the lengths or the tasks: the same prompt has the same answer, a dense one with any config.
     same = {
         **{key: about[key] for key in ("package", "series_sha256", "torch", "machine")},
         "model": model_fingerprint(args.model),
@@ -332,8 +346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = {"min_prompt_tokens": MIN_LENGTH} | alike[0].config
             given = arguments | ({} if args.base_url else {"uniprefill_config": config})
             with asked_backend(args, given, batch_size, about["package"]) as backend:
-                run = Run(backend, records, alike, args.limit, args.ttft_samples, batch_size, args.apply_chat_template)
-                for length in args.lengths:
+                for length, limit in zip(args.lengths, limits, strict=True):
+                    run = Run(backend, records, alike, limit, args.ttft_samples, batch_size, args.apply_chat_template)
                     for task_name, task in tasks.load(length):
                         done += 1
                         result["rows"] += run.rows(

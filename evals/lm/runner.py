@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -14,7 +15,7 @@ from lm_eval.evaluator import evaluate
 from evals.lm.arithmetic import make_row
 from evals.lm.backends import Backend, Completion
 from evals.lm.records import Records
-from scripts.fork import ForkError, say
+from scripts.fork import ForkError, say, sha256_file
 
 UNKNOWN_SHARE = 0.5  # of a prompt's tokens; with more the model cannot read it
 
@@ -34,8 +35,11 @@ class Variant:
     config: Mapping[str, Any]
 
     def key(self) -> dict[str, Any]:
-        """Of its answers' records."""
-        return {"xargs": dict(self.xargs), "config": dict(self.config)}
+        """Of its answers' records; a profile counts by what stands in it."""
+        key = {"xargs": dict(self.xargs), "config": dict(self.config)}
+        if profile := self.config.get("profile"):
+            key["profile"] = sha256_file(Path(profile))
+        return key
 
 
 DENSE = Variant("dense", "", {"uniprefill": 0}, {})

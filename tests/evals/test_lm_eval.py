@@ -28,6 +28,7 @@ from lm_eval import tasks as harness_tasks  # noqa: E402
 from evals.lm import arithmetic, report  # noqa: E402
 from evals.lm.__main__ import NEEDLE_MODEL, chosen_variants, lengths_argument, main, make_parser, server_options  # noqa: E402
 from evals.lm.records import open_records  # noqa: E402
+from evals.lm.runner import Variant  # noqa: E402
 from evals.lm.tasks import Tasks, leaves  # noqa: E402
 from evals.needle.prompts import is_correct, make_prompt  # noqa: E402
 from evals.tasks.generators.datasets import NEEDLE_ANSWER_TOKENS, documents  # noqa: E402
@@ -404,6 +405,22 @@ def test_another_package_is_refused(pretended: Pretended, tmp_path: Path) -> Non
     with pytest.raises(ForkError, match="0.32.0, not the patched one"):
         run_against(pretended, tmp_path)
     assert not pretended.samples_asked(stream=False)
+
+
+def test_another_profile_of_the_same_name_is_asked_anew(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    keys = []
+    for text in ("{}", "{ }"):
+        profile.write_text(text)
+        keys.append(Variant("profile", "profile", {"uniprefill": 1}, {"profile": str(profile)}).key())
+    assert keys[0] != keys[1]
+
+
+def test_every_length_may_have_its_own_number_of_samples(pretended: Pretended, tmp_path: Path) -> None:
+    result = run_against(pretended, tmp_path, "--lengths", "1024,2048", "--limit", "3,1", "--ttft-samples", "0")
+    assert [(row["length"], row["samples"]) for row in result["rows"]] == [(1024, 3), (2048, 1)]
+    with pytest.raises(ForkError, match="3 numbers for 2 lengths"):
+        run_against(pretended, tmp_path, "--lengths", "1024,2048", "--limit", "3,1,1")
 
 
 def test_a_task_in_other_words_is_refused(pretended: Pretended, tmp_path: Path) -> None:
