@@ -244,7 +244,7 @@ def milder(plan: Plan) -> Iterator[Plan]:
 
 
 def candidates(trial: Trial, check: Trial) -> list[Plan]:
-    """Plans that hold on `trial` and milder ones, the cheapest first, each at least 5 % dearer than the one before.
+    """Plans that hold on both, made from `trial`, the cheapest first, each at least 5 % dearer than the one before.
 
     What they cost is the mean over the prompts of both.
 
@@ -252,7 +252,11 @@ def candidates(trial: Trial, check: Trial) -> list[Plan]:
         ForkError: if too few prompts can tell of a loss.
 
     """
-    plans = dict.fromkeys(other for plan in trial.plans() for other in (plan, *milder(plan)))
+    plans = [
+        plan
+        for plan in dict.fromkeys(other for plan in trial.plans() for other in (plan, *milder(plan)))
+        if check.recall(plan) >= 1 - MAY_BE_LOST
+    ]
     chosen: list[Plan] = []
     dearest = 0.0
     costs = [(plan, fmean(part.computed(plan) for part in (trial, check))) for plan in plans]

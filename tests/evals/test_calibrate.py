@@ -169,13 +169,14 @@ def test_the_head_that_finds_is_chosen_and_what_it_saves() -> None:
     assert first.settings()["selection_layers"][0]["heads"] == list(cut.heads)
 
 
-def test_candidates_hold_and_each_is_dearer_than_the_one_before() -> None:
-    trial = made_trial("choose")
-    check = made_trial("check", (4, 0))
-    plans = choose.candidates(trial, check)
-    computed = [(trial.computed(plan) + check.computed(plan)) / 2 for plan in plans]
-    assert len(plans) > 3 and all(trial.recall(plan) >= 1 - choose.MAY_BE_LOST for plan in plans)
+@pytest.mark.parametrize("found_elsewhere", [False, True])
+def test_candidates_hold_on_both_parts_and_each_is_dearer_than_the_one_before(found_elsewhere: bool) -> None:
+    parts = made_trial("choose"), made_trial("check", (4, 0) if found_elsewhere else (2, 1))
+    plans = choose.candidates(*parts)
+    computed = [sum(part.computed(plan) for part in parts) / 2 for plan in plans]
+    assert all(part.recall(plan) >= 1 - choose.MAY_BE_LOST for plan in plans for part in parts)
     assert all(b >= choose.NEXT_CANDIDATE * a for a, b in pairwise(computed)) and computed[-1] < 1
+    assert len(plans) > 3 if not found_elsewhere else computed[0] > 0.8
 
 
 def test_second_hop_keeps_what_the_first_found_block_looks_at() -> None:
