@@ -158,8 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ask, backend = answers.start_engine(args.model, asked, check.samples, cpu, args.engine_args)
                 stack.callback(backend.close)
             ask_all = partial(answers.compare, check.samples, ask, backend, records=kept_answers, settings=settings)
-            everything = answers.together(ask_all(timed=0))
-            say(f"dense {everything['dense']:.1%}, pruned {everything['pruned']:.1%} right")
+            everything = answers.together(answers.answered(ask_all(timed=0)))
+            say(f"of what it can answer dense {everything['dense']:.1%}, pruned {everything['pruned']:.1%} right")
             if everything["difference"] < -args.loss / 100:
                 return None
             evidence["end_to_end"] = {

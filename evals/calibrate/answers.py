@@ -14,8 +14,10 @@ from evals.calibrate.model import Watch, WatchedModel
 from evals.calibrate.ranks import Sample, progress
 from evals.lm.arithmetic import make_row, pooled
 from evals.lm.records import Records
+from scripts.fork import ForkError
 
 DENSE, PRUNED = {"uniprefill": 0}, {"uniprefill": 1}
+CAN_ANSWER = 0.5  # of a task's prompts of one length, densely
 Ask = Callable[[Sample, dict[str, Any]], dict[str, Any]]
 """(sample, request arguments) -> {"score": of the answer, "report": of the prefill}."""
 
@@ -107,6 +109,20 @@ def compare(
             )
         )
     return rows
+
+
+def answered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of tasks that the model can answer: by chance right answers to others would make up for lost ones.
+
+    Raises:
+        ForkError: if there are none.
+
+    """
+    if able := [row for row in rows if row["dense"] >= CAN_ANSWER]:
+        return able
+    raise ForkError(
+        f"The model answers no task of the check part to {CAN_ANSWER:.0%}; choose other LENGTHS or a model."
+    )
 
 
 def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

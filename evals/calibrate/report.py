@@ -19,9 +19,9 @@ METHOD = """\
   answers when nothing is dropped, and whose needed blocks are not kept anyway.
 - **computed**: the prefill's FLOPs, as a share of the dense ones; scoring is free here.
 - The part `choose` made the candidates, by what they save and by recall; the cheapest that loses no more than the limit
-  of the answers to `check`, which has other wordings, haystacks and seeds, stands. Since these answers chose it, they
-  flatter it a little: `make eval` asks others. Prompts of other kinds (summaries, code, conversations) were not
-  asked.
+  of the answers to `check`, which has other wordings, haystacks and seeds, stands. Tasks that the model does not answer
+  densely to half at a length do not count. Since these answers chose it, they flatter it a little: `make eval` asks
+  others. Prompts of other kinds (summaries, code, conversations) were not asked.
 - Dense and pruned answer the same prompts; columns and intervals as in `evals/README.md`."""
 
 

@@ -235,6 +235,13 @@ def test_without_a_setting_that_holds_there_is_no_profile(calibrated, tmp_path: 
     assert lost["evidence"]["end_to_end"]["all"]["difference"] == -1
 
 
+def test_chance_gains_where_the_model_cannot_answer_make_up_for_no_loss() -> None:
+    rows = [{"task": "can", "dense": 0.8}, {"task": "half", "dense": 0.5}, {"task": "cannot", "dense": 0.4}]
+    assert [row["task"] for row in answers.answered(rows)] == ["can", "half"]
+    with pytest.raises(ForkError, match="answers no task"):
+        answers.answered(rows[2:])
+
+
 def test_too_few_answers_are_refused() -> None:
     with pytest.raises(ForkError, match="raise --prompts"):
         choose.candidates(made_trial("choose", count=3), made_trial("check"))
