@@ -31,7 +31,6 @@ from evals.bench.load import DENSE, LONG, PRUNED, SHORT, TIMES, Mix
 from evals.bench.report import Panel, Part, Result, draw_range, ranged, require_matplotlib, table, write
 from evals.bench.shapes import ModelShape, model_name, read_config
 from evals.live_server import (
-    NEEDLE_MODEL,
     LiveServer,
     Metrics,
     apart_environment,
@@ -39,8 +38,7 @@ from evals.live_server import (
     live_server,
     router,
 )
-from evals.needle import prompts as needle
-from evals.provenance import add_results_option, command_line, count_argument, provenance
+from evals.provenance import command_line, provenance
 from scripts.fork import ForkError, run_main, say
 
 WAYS = (DENSE, PRUNED)
@@ -238,29 +236,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evals.bench.apart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    load.add_mix_options(parser, Mix(requests=24, long_every=4, long_tokens=8192), rounds=3)
     add = parser.add_argument
-    add("--rounds", type=count_argument, default=3, help="(default: %(default)s)")
-    add("--requests", type=count_argument, default=24, help="of one run (default: %(default)s)")
-    add("--long-every", type=count_argument, default=4, help="one request of so many is long (default: %(default)s)")
-    add("--long-tokens", type=count_argument, default=8192, help="prompt tokens of a long one (default: %(default)s)")
     add("--rate", type=load.rates_argument, default=("0.5",), help="requests a second (default: 0.5)")
     add("--links", type=links_argument, default=("1gbit", "200mbit", "40mbit"), help="(default: 1gbit,200mbit,40mbit)")
-    add("--model", type=Path, default=NEEDLE_MODEL, metavar="FOLDER", help="another one with the needle's vocabulary")
-    add_results_option(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = make_parser().parse_args(argv)
-    if not 1024 <= args.long_tokens <= needle.MAX_TOKENS - load.NEW_TOKENS:
-        raise ForkError(f"--long-tokens is 1024 to {needle.MAX_TOKENS - load.NEW_TOKENS}.")
-    if args.requests < args.long_every:
-        raise ForkError("--requests must be at least --long-every, so that one is long.")
+    mix = load.chosen_mix(args, "bench-apart")
+    rate, *more = args.rate
+    if more:
+        raise ForkError("--rate is one number of requests a second; run the program once for each.")
     require_matplotlib()
     require_own_network()
-    [rate] = args.rate
-    mix = Mix(args.requests, args.long_every, args.long_tokens)
     load_average, origin = os.getloadavg()[0], provenance()
     output = args.results / f"apart-{model_name(args.model)}-{origin['machine']['device']}"
     result = {

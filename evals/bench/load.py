@@ -351,30 +351,21 @@ def rates_argument(text: str) -> tuple[str, ...]:
     return rates
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m evals.bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_mix_options(parser: argparse.ArgumentParser, mix: Mix, rounds: int) -> None:
+    """What is sent to which model, how often, and where the result goes; `mix` and `rounds` by default."""
     add, count = parser.add_argument, count_argument
-    add("--rounds", type=count, default=5, help="(default: %(default)s)")
-    add("--requests", type=count, default=48, help="of one run (default: %(default)s)")
-    add("--long-every", type=count, default=6, help="one request of so many is long (default: %(default)s)")
-    add("--long-tokens", type=count, default=16384, help="prompt tokens of a long one (default: %(default)s)")
+    add("--rounds", type=count, default=rounds, help="(default: %(default)s)")
+    add("--requests", type=count, default=mix.requests, help="of one run (default: %(default)s)")
     add(
-        "--rates",
-        type=rates_argument,
-        default=("0.6", UNBOUNDED),
-        help="requests a second, comma-separated; inf sends all at once (default: 0.6,inf: on two cores dense prefills "
-        "keep up with the first, and the second shows the throughput)",
+        "--long-every", type=count, default=mix.long_every, help="one request of so many is long (default: %(default)s)"
     )
+    add("--long-tokens", type=count, default=mix.long_tokens, help="prompt tokens of a long one (default: %(default)s)")
     add("--model", type=Path, default=NEEDLE_MODEL, metavar="FOLDER", help="another one with the needle's vocabulary")
     add_results_option(parser)
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
+def chosen_mix(args: argparse.Namespace, task: str) -> Mix:
+    """Raises ForkError for what cannot be sent, or a model that `make TASK` cannot ask."""
     longest = needle.MAX_TOKENS - NEW_TOKENS
     if not 1024 <= args.long_tokens <= longest:
         raise ForkError(f"--long-tokens is 1024 to {longest}: shorter prompts are never pruned.")
@@ -382,11 +373,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ForkError("--requests must be at least --long-every, so that one is long.")
     if not speaks_needle(args.model):
         raise ForkError(
-            f"make bench-load asks the needle model's questions and {args.model} does not know its words; measure "
+            f"make {task} asks the needle model's questions and {args.model} does not know its words; measure "
             "another model with `vllm bench serve --extra-body`."
         )
+    return Mix(args.requests, args.long_every, args.long_tokens)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m evals.bench.load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_mix_options(parser, Mix(requests=48, long_every=6, long_tokens=16384), rounds=5)
+    parser.add_argument(
+        "--rates",
+        type=rates_argument,
+        default=("0.6", UNBOUNDED),
+        help="requests a second, comma-separated; inf sends all at once (default: 0.6,inf: on two cores dense prefills "
+        "keep up with the first, and the second shows the throughput)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser().parse_args(argv)
+    mix = chosen_mix(args, "bench-load")
     require_matplotlib()
-    mix = Mix(args.requests, args.long_every, args.long_tokens)
     load_average, origin = os.getloadavg()[0], provenance()
     output = args.results / f"load-{model_name(args.model)}-{origin['machine']['device']}"
     result = {

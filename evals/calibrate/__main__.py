@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.results.mkdir(parents=True, exist_ok=True)
     layers, about_model = model.layers, {"name": name, **identity(model.config)}
     cpu = about["machine"]["device"] == "cpu"
+    answered_by = f"transformers {version('transformers')}"
     if args.backend == "vllm":
+        answered_by = f"vLLM {about['package']}"
         del model
         gc.collect()
 
@@ -163,9 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if everything["difference"] < -args.loss / 100:
                 return None
             evidence["end_to_end"] = {
-                "by": f"vLLM {about['package']}"
-                if args.backend == "vllm"
-                else f"transformers {version('transformers')}",
+                "by": answered_by,
                 "all": {key: everything[key] for key in POOLED},
                 "rows": ask_all(timed=args.timed),
             }

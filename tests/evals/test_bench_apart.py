@@ -55,5 +55,10 @@ def test_bad_links_are_refused(text: str) -> None:
     assert apart.links_argument("1gbit,40mbit") == ("1gbit", "40mbit")
 
 
+def test_one_rate_is_asked_for() -> None:
+    with pytest.raises(ForkError, match="one number of requests"):
+        apart.main(["--rate", "0.5,1"])
+
+
 def test_the_prefill_server_declines_the_short_prompts_alone() -> None:
     assert load.SHORT_TOKENS < apart.DECLINED < MIX.long_tokens
