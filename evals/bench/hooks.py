@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm import LLM
 
+MORE_THAN_ANY_MASS = 1e6  # which is at most heads times queries
+
 
 def set_top_p_over(llm: LLM, value: str) -> None:
     """The engine reads this at every selection; requests cannot set it."""
     llm.llm_engine.vllm_config.uniprefill_config.top_p_over = value
+
+
+@contextmanager
+def ranked_first(blocks: Sequence[int]) -> Iterator[None]:
+    """While a lone prompt is pruned at one layer, these of its blocks outweigh all others."""
+    from vllm.v1.worker.gpu.uniprefill import selector
+
+    by_mass = selector.select_blocks
+
+    def select(mass: Any, specs: Any, **settings: Any) -> Any:
+        mass = mass.clone()
+        mass[list(blocks)] += MORE_THAN_ANY_MASS
+        return by_mass(mass, specs, **settings)
+
+    selector.select_blocks = select
+    try:
+        yield
+    finally:
+        selector.select_blocks = by_mass
 
 
 def step_budget(llm: LLM) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from evals.bench.__main__ import numbers
 from evals.bench.shapes import ModelShape, model_name
 from evals.lm.__main__ import json_argument, lengths_argument, prepare_environment
 from evals.provenance import add_results_option, command_line, count_argument, provenance
@@ -58,6 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
         default="vllm",
         help="what answers dense and pruned at the end; transformers for models that the engine does not prune",
     )
+    add(
+        "--ceiling",
+        type=numbers,
+        metavar="L,L",
+        help="no profile: what is still answered if the needed blocks are kept first, cut after each of these layers; "
+        "writes NAME-ceiling.json and .md",
+    )
     add("--engine-args", type=json_argument, default={}, metavar="JSON", help="more arguments of LLM(...)")
     add("--timed", type=int, default=3, help="prompts of each length that vLLM is timed with (default: %(default)s)")
     add("--records", type=Path, default=FOLDER, metavar="FOLDER", help="what is recorded (default: build/calibrate)")
@@ -82,11 +90,14 @@ def recall_facts(trial: Any, plan: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.ceiling and args.backend != "vllm":
+        parser.error("--ceiling asks the engine; leave out --backend transformers")
     prepare_environment()
     about = provenance()
 
-    from evals.calibrate import answers, report
+    from evals.calibrate import answers, ceiling, report
     from evals.calibrate.choose import Plan, Trial, candidates
     from evals.calibrate.model import WatchedModel, identity
     from evals.calibrate.prompts import PARTS, make_prompts
@@ -142,6 +153,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         del model
         gc.collect()
 
+    if args.ceiling:
+        if unknown := set(args.ceiling) - set(layers):
+            raise ForkError(f"--ceiling {min(unknown)}: no full-attention layer of {args.model} to cut after.")
+        rows: list[dict[str, Any]] = []
+        with open_records(args.records, same, fresh=False) as kept_answers:
+            for row in ceiling.measure(args.model, check.telling, args.ceiling, kept_answers, cpu, args.engine_args):
+                rows.append(row)
+                Path(f"{output}-ceiling.json").write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
+        text = ceiling.markdown(name, report.made_facts(made), rows)
+        Path(f"{output}-ceiling.md").write_text(text)
+        print(text)
+        return 0
+
     def holds(plan: Plan, kept_answers: Records) -> dict[str, Any] | None:
         """Its profile with the answers, if these lose no more than they may."""
         settings = plan.settings()
@@ -157,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 asked = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "profile.json"
                 asked.write_text(json.dumps(profile))
-                ask, backend = answers.start_engine(args.model, asked, check.samples, cpu, args.engine_args)
+                ask, backend = answers.start_engine(
+                    args.model, {"profile": str(asked)}, check.samples, cpu, args.engine_args
+                )
                 stack.callback(backend.close)
             ask_all = partial(answers.compare, check.samples, ask, backend, records=kept_answers, settings=settings)
             everything = answers.together(answers.answered(ask_all(timed=0)))

@@ -43,15 +43,15 @@ def with_transformers(model: WatchedModel, settings: dict[str, Any]) -> Ask:
 
 
 def start_engine(
-    path: Path, profile: Path, samples: Sequence[Sample], cpu: bool, more: dict[str, Any]
+    path: Path, config: dict[str, Any], samples: Sequence[Sample], cpu: bool, more: dict[str, Any]
 ) -> tuple[Ask, Any]:
-    """(its way to ask, the backend): vLLM in this process with the profile; every prompt is long enough to prune."""
+    """(its way to ask, the backend): vLLM in this process with the config; every prompt is long enough to prune."""
     from evals.lm.__main__ import engine_arguments
     from evals.lm.backends import REPORT, make_engine_backend
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     longest = max(sample.num_tokens + sample.prompt.max_new_tokens for sample in samples)
-    config = {"profile": str(profile), "min_prompt_tokens": min(MIN_LENGTH, *(sample.num_tokens for sample in samples))}
+    config = {**config, "min_prompt_tokens": min(MIN_LENGTH, *(sample.num_tokens for sample in samples))}
     given = argparse.Namespace(model=str(path), lengths=[longest], uniprefill_config=config, engine_args=more)
     backend = make_engine_backend(str(path), engine_arguments(given, cpu, 1), True, 1)
     import vllm

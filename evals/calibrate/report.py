@@ -51,6 +51,13 @@ def part_lines(evidence: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
+def made_facts(made: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("package", f"{made['package']}, torch {made['torch']}, transformers {made['transformers']}"),
+        ("command", f"`{made['command']}`"),
+    ]
+
+
 def markdown(profile: dict[str, Any]) -> str:
     model, made, evidence = profile["model"], profile["made"], profile["evidence"]
     shape = f"{model['num_layers']} layers, {model['num_heads']} heads, {model['num_kv_heads']} KV heads"
@@ -63,8 +70,7 @@ def markdown(profile: dict[str, Any]) -> str:
             "limit",
             f"{made['loss']:g} points of the answers lost; of {tried['made']} candidates {tried['asked']} were asked",
         ),
-        ("package", f"{made['package']}, torch {made['torch']}, transformers {made['transformers']}"),
-        ("command", f"`{made['command']}`"),
+        *made_facts(made),
     ]
     parts = [
         f"# What {model['name']} may drop",

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from evals.bench.shapes import ModelShape
 from evals.calibrate import __main__ as calibrate
-from evals.calibrate import answers, choose, model, prompts, ranks
+from evals.calibrate import answers, ceiling, choose, model, prompts, ranks
+from evals.lm.records import open_records
 from evals.needle import prompts as needle
 from scripts.fork import ForkError
 from tests.oracle.oracle import Oracle
@@ -240,6 +241,44 @@ def test_chance_gains_where_the_model_cannot_answer_make_up_for_no_loss() -> Non
     assert [row["task"] for row in answers.answered(rows)] == ["can", "half"]
     with pytest.raises(ForkError, match="answers no task"):
         answers.answered(rows[2:])
+
+
+def test_ceiling_counts_answers_with_the_needed_blocks_first_and_without(tmp_path: Path, monkeypatch) -> None:
+    """The engine is made up, its selection is not: an answer is right if the needed block is kept."""
+    from vllm.v1.uniprefill.selection import SelectionSpec
+    from vllm.v1.worker.gpu.uniprefill import selector
+
+    asked = []
+
+    def start_engine(path, config, *rest):
+        def ask(sample, xargs):
+            asked.append(config["selection_layers"])
+            mass = torch.ones(20)
+            mass[sample.needed.argmax()] = 0  # the last by the score
+            spec = SelectionSpec(0, 1280, 0, 128, keep_ratio=xargs["uniprefill_keep_ratio"])
+            sizes = {"block_size": 64, "sink_tokens": 128, "recent_tokens": 128, "top_p_over": "middle"}
+            kept = selector.select_blocks(mass, [spec], **sizes)
+            assert kept.sum() == np.ceil(20 * spec.keep_ratio)
+            return {"score": float(kept[sample.needed.argmax()])}
+
+        return ask, SimpleNamespace(close=lambda: None)
+
+    monkeypatch.setattr(ceiling, "start_engine", start_engine)
+    samples = [made_sample(i, "check", (2, 1)) for i in range(3)]
+
+    def measured() -> list[dict]:
+        with open_records(tmp_path, {}, fresh=False) as records:
+            return list(ceiling.measure(tmp_path, samples, (2, 5), records, True, {}))
+
+    rows = measured()
+    assert [(row["layer"], row["keep_ratio"]) for row in rows] == [(n, s) for n in (2, 5) for s in ceiling.SHARES]
+    # Of 20 blocks the first and last two stay anyway; with .2 of them nothing else does.
+    assert [row["right"]["needed"] for row in rows] == [0, 3, 3] * 2
+    assert not any(row["right"]["published"] for row in rows)
+    text = ceiling.markdown("a model", [("package", "x")], rows)
+    assert "| 5 | 0.4 | 3 of 3 | 0 of 3 |" in text
+    before = len(asked)
+    assert measured() == rows and len(asked) == before, "answers are kept"
 
 
 def test_too_few_answers_are_refused() -> None:
