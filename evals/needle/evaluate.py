@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evals.needle.prompts import STATEMENT_LENGTH, TASKS, NeedlePrompt, is_correct, make_prompt
+from scripts.fork import ForkError, run_main
 from tests.oracle.selection import SelectionRule, block_masses, forced_blocks, select_blocks
 
 
@@ -158,6 +158,8 @@ def mean(values: Sequence[float]) -> float:
 def evaluate(args: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
+        raise ForkError(f"{args.model} has sliding windows, which are not computed here; use `make eval`.")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     results: list[dict[str, object]] = []
     for length in args.lengths:
@@ -228,4 +230,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

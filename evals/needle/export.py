@@ -2,8 +2,8 @@
 
     python -m evals.needle.export checkpoint.pt evals/needle/model
 
-A model without sliding layers becomes a LlamaForCausalLM, one with them a MinistralForCausalLM. The written directory
-is loaded with transformers and compared with the training code on a prompt; the program fails if they differ.
+With sliding layers it is a MinistralForCausalLM for transformers, else a LlamaForCausalLM. The written directory is
+loaded with transformers and compared with the training code on a prompt; the program fails if they differ.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def hugging_face_config(config: ModelConfig) -> dict[str, object]:
         "use_cache": True,
     }
     if config.sliding_layers:
+        # transformers goes by the type, whose layers may slide; vLLM by the architecture, whose layers may there.
         del out["mlp_bias"]
-        out["architectures"] = ["MinistralForCausalLM"]
         out["model_type"] = "ministral"
         out["sliding_window"] = config.sliding_window
         out["layer_types"] = [

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from evals.needle import prompts as P
+from scripts.fork import ForkError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "evals" / "needle" / "model"
+HYBRID = ROOT / "evals" / "needle" / "needle-hybrid"
 MAX_WEIGHT_BYTES = 10_000_000
 PINNED = ("v235", "what is k70 ? answer :", (146,))
 
@@ -116,24 +118,29 @@ def test_is_correct_compares_words() -> None:
     assert not P.is_correct(prompt, f"{second} and {first}")
 
 
-def test_weights_are_small() -> None:
-    assert (MODEL / "model.safetensors").stat().st_size <= MAX_WEIGHT_BYTES
+@pytest.mark.parametrize("folder", [MODEL, HYBRID])
+def test_weights_are_small(folder: Path) -> None:
+    assert (folder / "model.safetensors").stat().st_size <= MAX_WEIGHT_BYTES
 
 
-def test_configuration_is_a_stock_llama() -> None:
-    config = json.loads((MODEL / "config.json").read_text())
+@pytest.mark.parametrize(("folder", "kind"), [(MODEL, "llama"), (HYBRID, "ministral")])
+def test_configuration_is_of_stock_layers(folder: Path, kind: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    types = ["full_attention", "sliding_attention"] * 4 if folder == HYBRID else None
+    assert config.get("layer_types") == types
     expected = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1024, "hidden_size": 256,
+        "architectures": ["LlamaForCausalLM"], "model_type": kind, "vocab_size": 1024, "hidden_size": 256,
         "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
         "max_position_embeddings": 32768, "tie_word_embeddings": True, "dtype": "bfloat16",
     }  # fmt: skip
     assert {name: config[name] for name in expected} == expected
 
 
-def test_tokenizer_is_the_prompt_generators() -> None:
+@pytest.mark.parametrize("folder", [MODEL, HYBRID])
+def test_tokenizer_is_the_prompt_generators(folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     for task in P.TASKS:
         prompt = P.make_prompt(task, 1024, 2)
         ids = tokenizer(prompt.text).input_ids
@@ -141,13 +148,17 @@ def test_tokenizer_is_the_prompt_generators() -> None:
         assert tokenizer.decode(ids, skip_special_tokens=True) == prompt.text
 
 
-@pytest.fixture(scope="module")
-def model():  # noqa: ANN201
+def load(folder: Path):  # noqa: ANN201
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module", params=[MODEL, HYBRID], ids=["full", "hybrid"])
+def model(request):  # noqa: ANN001, ANN201
+    return load(request.param)
 
 
 @pytest.mark.parametrize("task", P.TASKS)
@@ -164,13 +175,20 @@ def test_the_model_answers_through_generate(model, task: str) -> None:  # noqa: 
         assert P.is_correct(prompt, completion), (prompt.answer, completion)
 
 
-def test_the_model_answers_pruned_and_keeps_little(model) -> None:  # noqa: ANN001
+def test_the_model_answers_pruned_and_keeps_little() -> None:
     from transformers import AutoTokenizer
 
     from evals.needle.evaluate import DEFAULTS, Pruning, run
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     prompt = P.make_prompt("multikey", 4096, 0)
-    result = run(model, tokenizer, prompt, Pruning((2, 4, 6), DEFAULTS))
+    result = run(load(MODEL), tokenizer, prompt, Pruning((2, 4, 6), DEFAULTS))
     assert P.is_correct(prompt, result.text)
     assert max(result.kept) < 0.5
+
+
+def test_windows_are_not_measured_as_if_there_were_none() -> None:
+    from evals.needle.evaluate import main
+
+    with pytest.raises(ForkError, match="sliding windows"):
+        main([str(HYBRID), "--count", "1"])
