@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evals.bench import cache, concurrency, decode, efficiency, gain, interleave, kernels, overhead, traffic
+from evals.bench import cache, classes, concurrency, decode, efficiency, gain, interleave, kernels, overhead, traffic
 from evals.bench.engine import MIN_LENGTH, Bench, EngineSpec, prepare_environment, resolved_cuts
 from evals.bench.report import Part, Result, require_matplotlib, write
 from evals.bench.shapes import NEEDLE_MODEL, SHAPES, ModelShape, Prompts, Shape, model_folder, model_name, read_config
@@ -45,6 +45,7 @@ PARTS = (
     efficiency.PART,
     overhead.PART,
     interleave.PART,
+    classes.PART,
     concurrency.PART,
     cache.PART,
     traffic.PART,
@@ -103,8 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--model",
         type=lambda name: Path(models.resolve(name)),
         metavar="FOLDER",
-        help="this model (a folder, or a NAME of `make model`) at the shape's lengths, with dummy weights if it is a config.json alone; without --shape it "
-        "is cut where the engine chooses",
+        help="this model (a folder, or a NAME of `make model`) at the shape's lengths, with dummy weights if it is a "
+        "config.json alone; without --shape it is cut where the engine chooses",
     )
     add(
         "--lengths",

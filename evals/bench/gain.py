@@ -102,23 +102,28 @@ def of_flop_model(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             )
 
 
-def section(result: report.Result) -> str:
+HEAD = ("prompt", "prefill", "time", "gain", "kept after the cuts", "answered", "FLOP model")
+
+
+def lines(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The cells under HEAD of what `measure_length` found: dense, then each variant."""
+
     def right(value: dict[str, int] | None) -> str:
         return f"{value['right']}/{value['asked']}" if value else "–"
 
     def seconds(value: dict[str, Any]) -> str:
         return report.ranged(value, 3).replace(" ", " s ", 1)
 
-    def lines() -> Iterator[tuple[str, ...]]:
-        for row in result.get("ttft", []):
-            tokens, dense = size_label(row["tokens"]), row["dense"]
-            yield tokens, "dense", seconds(dense["seconds"]), "1", "", right(dense["answered"]), ""
-            for name, pruned in row["pruned"].items():
-                kept = " ".join(f"{segment['share']['median']:.0%}" for segment in pruned["kept"][1:])
-                shown = right(pruned["answered"]), f"{pruned['flop_model_gain']:.2f}x"
-                yield tokens, name, seconds(pruned["seconds"]), report.gain(pruned["gain"]), kept, *shown
+    tokens, dense = size_label(row["tokens"]), row["dense"]
+    yield tokens, "dense", seconds(dense["seconds"]), "1", "", right(dense["answered"]), ""
+    for name, pruned in row["pruned"].items():
+        kept = " ".join(f"{segment['share']['median']:.0%}" for segment in pruned["kept"][1:])
+        shown = right(pruned["answered"]), f"{pruned['flop_model_gain']:.2f}x"
+        yield tokens, name, seconds(pruned["seconds"]), report.gain(pruned["gain"]), kept, *shown
 
-    return report.table(("prompt", "prefill", "time", "gain", "kept after the cuts", "answered", "FLOP model"), lines())
+
+def section(result: report.Result) -> str:
+    return report.table(HEAD, (line for row in result.get("ttft", []) for line in lines(row)))
 
 
 def panels(result: report.Result) -> list[report.Panel]:

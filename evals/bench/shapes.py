@@ -15,6 +15,7 @@ from evals.needle.prompts import TOKEN_ID, encode, make_prompt
 from scripts.fork import ForkError
 
 NEEDLE_MODEL = Path(__file__).resolve().parents[1] / "needle" / "model"
+HYBRID_MODEL = NEEDLE_MODEL.with_name("needle-hybrid")
 TASK = "multikey"  # its answer is one token, so the first token tells
 
 Segments = Sequence[tuple[int, int]]
@@ -150,7 +151,7 @@ class Shape:
 
     Attributes:
         selection_layers: None: those that the engine chooses.
-        config: the model's Hugging Face config, for dummy weights; None: the needle model.
+        model: its folder, or its Hugging Face config, for dummy weights.
         lengths: prompt tokens of the part ttft.
         efficiency_lengths: of the parts efficiency and breakdown; interleave uses the last.
         budgets: tokens a step in the part interleave; None: vLLM's default.
@@ -162,7 +163,7 @@ class Shape:
 
     name: str
     selection_layers: tuple[int, ...] | None
-    config: dict[str, Any] | None
+    model: Path | dict[str, Any]
     lengths: tuple[int, ...] = (8192, 32768, 131072)
     efficiency_lengths: tuple[int, ...] = (131072,)
     keep_ratio: float = 0.3
@@ -181,7 +182,7 @@ SHAPES = {
         Shape(
             "needle",
             (1, 3, 5),
-            None,
+            NEEDLE_MODEL,
             NEEDLE_LENGTHS,
             (8192, 16384),
             0.3,
@@ -202,16 +203,45 @@ SHAPES = {
     )
 }
 
+# Of the part classes: the needle model's sizes, with layers of another class.
+SMALL: dict[str, Any] = TINY | {
+    "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "max_position_embeddings": 32768,
+}  # fmt: skip
+SMALL_CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3-next": TINY_CONFIGS["tiny-qwen3-next-16l"] | SMALL | {"full_attention_interval": 4},
+    "nemotron-h": LLAMA_CONFIG | SMALL | {
+        "architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "num_hidden_layers": 12,
+        "hybrid_override_pattern": "M-M*-M*M-M*-", "mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 64,
+        "n_groups": 2, "conv_kernel": 4, "chunk_size": 128, "mlp_hidden_act": "relu2",
+    },
+    "qwen3-moe": TINY_CONFIGS["tiny-qwen3-30b-a3b"] | SMALL,
+    # This size of latent and RoPE part alone has a CPU kernel.
+    "deepseek-v2": LLAMA_CONFIG | SMALL | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_key_value_heads": 4,
+        "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64,
+        "topk_method": "greedy", "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128,
+    },
+}  # fmt: skip
+WHOLE = 16384 + 8  # the CPU's backend for MLA takes prompts in one step
+CLASSES = (
+    Shape("needle-hybrid", (2, 4, 6), HYBRID_MODEL, prune_by="top_p"),
+    *(
+        Shape(name, None, config, budgets=(WHOLE if name == "deepseek-v2" else None,))
+        for name, config in SMALL_CONFIGS.items()
+    ),
+)
+
 
 @contextmanager
 def model_folder(shape: Shape, given: Path | None) -> Iterator[tuple[Path, str]]:
     """The model to load, and vLLM's `load_format` for it: dummy weights where there is a config alone."""
-    if given is not None or shape.config is None:
-        model = given or NEEDLE_MODEL
+    model = given or shape.model
+    if isinstance(model, Path):
         yield model, "auto" if any(model.glob("*.safetensors")) or any(model.glob("*.bin")) else "dummy"
         return
     with TemporaryDirectory(prefix="bench-model-") as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(shape.config))
+        (Path(folder) / "config.json").write_text(json.dumps(model))
         yield Path(folder), "dummy"
 
 

@@ -21,10 +21,12 @@ from evals.bench import __main__ as cli
 from evals.bench import (
     arithmetic,
     cache,
+    classes,
     concurrency,
     decode,
     efficiency,
     engine,
+    gain,
     hooks,
     interleave,
     kernels,
@@ -253,6 +255,32 @@ def test_parts_share_an_engine_and_each_is_measured_on_those_it_asks_for(monkeyp
         ("b", (1,), "engine"),
         ("c", (), None),
     ]
+
+
+def test_every_class_has_an_engine_of_its_own(monkeypatch) -> None:
+    started: list[tuple[str, str]] = []
+
+    @contextmanager
+    def engine_of(arguments):
+        started.append((shapes.read_config(Path(arguments["model"]))["model_type"], arguments["load_format"]))
+        yield "engine"
+
+    monkeypatch.setattr(engine, "engine", engine_of)
+    monkeypatch.setattr(classes, "resolved_cuts", lambda arguments: (3,))
+    monkeypatch.setattr(
+        gain,
+        "measure_length",
+        lambda bench, tokens, ways: {"tokens": tokens, "ways": [way.name for way in ways], "cuts": bench.cuts},
+    )
+    rows = list(classes.measure(replace(make_bench(), shape=shapes.SHAPES["needle"])))
+    assert started[0] == ("ministral", "auto") and {how for _, how in started[1:]} == {"dummy"}
+    assert len(started) == len(shapes.CLASSES) == len({kind for kind, _ in started})
+    assert [(row["model"], row["tokens"]) for row in rows] == [
+        (shape.name, tokens) for shape in shapes.CLASSES for tokens in classes.LENGTHS
+    ]
+    assert [row["ways"] for row in rows[:3]] == [["top_p 0.99 all"]] * 2 + [["keep_ratio 0.3"]]
+    assert [row["cuts"] for row in rows[:3]] == [(2, 4, 6)] * 2 + [(3,)], "its own, or the engine's"
+    assert not list(classes.measure(make_bench())), "beside another model"
 
 
 def test_random_prompts_are_determined_by_length_and_seed() -> None:
@@ -697,6 +725,10 @@ def made_result(device: str = "cpu") -> dict:
             }
             for budget, steps, gap in ((4096, 4, 1.0), (20480, 1, 4.0))
         ],
+        "classes": [
+            {"model": name, "selection_layers": [1, 3]} | ttft_row(8192, 2.0)
+            for name in ("needle-hybrid", "qwen3-next")
+        ],
         "concurrency": [
             {
                 "tokens": 4096,
@@ -758,9 +790,9 @@ def expected(result: dict) -> list[dict]:
     return [row for part in cli.PARTS for row in part.expectations(result)]
 
 
-# ttft, efficiency, breakdown, interleave, concurrency, cache, kernels, decode
+# ttft, efficiency, breakdown, interleave, classes, concurrency, cache, kernels, decode
 @pytest.mark.parametrize(
-    ("device", "count"), [("cpu", 4 + 1 + 1 + 4 + 3 + 1 + 0 + 5), ("cuda", 2 + 1 + 2 + 4 + 3 + 1 + 2 + 12)]
+    ("device", "count"), [("cpu", 4 + 1 + 1 + 4 + 4 + 3 + 1 + 0 + 5), ("cuda", 2 + 1 + 2 + 4 + 2 + 3 + 1 + 2 + 12)]
 )
 def test_a_good_result_meets_every_expectation(device: str, count: int) -> None:
     found = expected(made_result(device))
@@ -814,7 +846,7 @@ def test_on_a_gpu_a_prompt_is_held_against_the_release() -> None:
 @pytest.mark.parametrize("name", [name for name in shapes.SHAPES if name.startswith("tiny-")])
 def test_a_shrunk_shape_has_every_kind_of_layer_of_its_own(name: str) -> None:
     """What is tried on a CPU goes through the code that the GPU's goes through."""
-    small, real = (shapes.SHAPES[shape].config for shape in (name, name.removeprefix("tiny-")))
+    small, real = (shapes.SHAPES[shape].model for shape in (name, name.removeprefix("tiny-")))
     assert small["architectures"] == real["architectures"] and set(small) == set(real)
     assert set(small.get("layer_types", ())) == set(real.get("layer_types", ()))
     assert shapes.ModelShape.from_config(small).full < 1 or shapes.ModelShape.from_config(real).full == 1
