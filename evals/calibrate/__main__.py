@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ForkError(f"--ceiling {min(unknown)}: no full-attention layer of {args.model} to cut after.")
         rows: list[dict[str, Any]] = []
         with open_records(args.records, same, fresh=False) as kept_answers:
-            for row in ceiling.measure(args.model, check.telling, args.ceiling, kept_answers, cpu, args.engine_args):
+            able = [sample for sample in check.telling if sample.right]
+            for row in ceiling.measure(args.model, able, args.ceiling, kept_answers, cpu, args.engine_args):
                 rows.append(row)
                 Path(f"{output}-ceiling.json").write_text(json.dumps({"made": made, "rows": rows}, indent=1) + "\n")
         text = ceiling.markdown(name, report.made_facts(made), rows)

@@ -17,7 +17,7 @@ from evals.lm.records import Records
 from scripts.fork import ForkError
 
 DENSE, PRUNED = {"uniprefill": 0}, {"uniprefill": 1}
-CAN_ANSWER = 0.5  # of a task's prompts of one length, densely
+CAN_ANSWER = 0.4  # of a task's prompts of one length, densely
 Ask = Callable[[Sample, dict[str, Any]], dict[str, Any]]
 """(sample, request arguments) -> {"score": of the answer, "report": of the prefill}."""
 

@@ -23,8 +23,8 @@ NEEDLE_TASKS = {"choose": ("single", "multikey", "variable"), "check": ("multike
 NEEDLE_SEEDS = {"choose": 1_000_000, "check": 2_000_000}
 NEEDLE_ANSWER_TOKENS = 4
 CHECK_TASKS = (
-    "niah_single_2", "niah_multikey_1", "qa_1", "niah_single_3", "niah_multivalue", "vt", "niah_single_1", "qa_2",
-    "cwe",
+    "niah_single_2", "niah_multikey_1", "qa_1", "niah_single_3", "niah_multivalue", "niah_multiquery", "vt",
+    "niah_single_1", "qa_2", "cwe",
 )  # fmt: skip
 ANSWER_ROOM = {"vt": 30, "cwe": 120, "qa_1": 32, "qa_2": 32}  # what the generators leave free for an answer
 NIAH_ROOM = 128
@@ -187,6 +187,14 @@ def _several(rng: Random) -> Asked:
     return Asked(statements, codes[0], [], f"What are the three {ask}?", f"The three {ask} are", codes[0])
 
 
+def _each(rng: Random) -> Asked:
+    """The question names several places, the first of them far from its end."""
+    places, codes = rng.sample(PLACES, 6), [_code(rng) for _ in range(6)]
+    statements = [f"The access code of the {p} is {c}." for p, c in zip(places, codes, strict=True)]
+    asked = f"access codes of the {places[0]}, the {places[1]} and the {places[2]}"
+    return Asked(statements, codes[:3], [], f"What are the {asked}?", f"The {asked} are", codes[:3])
+
+
 def _owner(rng: Random) -> Asked:
     places, names = rng.sample(PLACES, 3), rng.sample(NAMES, 3)
     phones = [_code(rng) for _ in names]
@@ -223,6 +231,7 @@ CHOOSE_TASKS: dict[str, Callable[[Random], Asked]] = {
     "question": _year,
     "multikey": lambda rng: _named(rng, 6, "access code", _code),
     "several": _several,
+    "each": _each,
     "serial": lambda rng: _named(rng, 4, "serial number", _serial_number),
     "two_hops": _owner,
     "votes": _votes,

@@ -51,19 +51,30 @@ class Sample:
         return ~forced_blocks(self.num_tokens, RULE).numpy()
 
     @cached_property
+    def used(self) -> tuple[Span, ...]:
+        """The prompt's needed spans that the dense answer came from: of several answers, of those that it gives."""
+        prompt = self.prompt
+        if self.right:
+            return prompt.needed
+        if prompt.exact or prompt.followed or len(prompt.answers) != len(prompt.needed):
+            return ()
+        given = (answer.lower() in self.text.lower() for answer in prompt.answers)
+        return tuple(span for span, found in zip(prompt.needed, given, strict=True) if found)
+
+    @cached_property
     def needed(self) -> np.ndarray:
-        """[blocks] bool: middle blocks without which there is no answer."""
-        return self._blocks(self.prompt.needed)
+        """[blocks] bool: middle blocks without which the dense answer would not be the same."""
+        return self._blocks(self.used)
 
     @cached_property
     def asked_for(self) -> np.ndarray:
         """[blocks] bool: those of `needed` that the question itself names."""
-        return self._blocks(tuple(span for span in self.prompt.needed if span not in self.prompt.followed))
+        return self._blocks(span for span in self.used if span not in self.prompt.followed)
 
     @property
     def tells(self) -> bool:
-        """Whether a setting can lose this prompt's answer: it has one, and its place is not kept anyway."""
-        return self.right and bool(self.needed.any())
+        """Whether a setting can lose of this prompt's answer: it has one, and its places are not all kept anyway."""
+        return bool(self.needed.any())
 
     def _blocks(self, spans: Iterable[Span]) -> np.ndarray:
         blocks = np.zeros_like(self.middle)

@@ -16,12 +16,13 @@ METHOD = """\
 - **rank**: share of the other blocks in the middle of a prompt that outweigh the lightest one that the answer needs, by
   the attention of the prompt's last tokens: 0 is first, .5 is chance.
 - **recall**: prompts of which every needed block is still alive after the last cut. It counts prompts that the model
-  answers when nothing is dropped, and whose needed blocks are not kept anyway.
+  answers, wholly or in part, when nothing is dropped, and whose needed blocks are not kept anyway; of several answers
+  the blocks of those that it gives.
 - **computed**: the prefill's FLOPs, as a share of the dense ones; scoring is free here.
 - The part `choose` made the candidates, by what they save and by recall; the cheapest that loses no more than the limit
   of the answers to `check`, which has other wordings, haystacks and seeds, stands. Tasks that the model does not answer
-  densely to half at a length do not count. Since these answers chose it, they flatter it a little: `make eval` asks
-  others. Prompts of other kinds (summaries, code, conversations) were not asked.
+  densely to two fifths at a length do not count. Since these answers chose it, they flatter it a little: `make eval`
+  asks others. Prompts of other kinds (summaries, code, conversations) were not asked.
 - Dense and pruned answer the same prompts; columns and intervals as in `evals/README.md`."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,21 @@ def made_sample(index: int, part: str, good: tuple[int, int]) -> ranks.Sample:
     return ranks.Sample(prompt, "x", 1.0, mass, None)
 
 
+@pytest.mark.parametrize(
+    ("text", "used"),
+    [("12 and 34", (0, 1)), ("just 34", (1,)), ("nothing", ())],
+)
+def test_of_several_answers_those_given_tell(text: str, used: tuple[int, ...]) -> None:
+    spans = ((300, 304), (600, 604))
+    prompt = prompts.Prompt("check", "made", 1280, 0, (1,) * 1280, spans, (), ("12", "34"), 1)
+    sample = ranks.Sample(prompt, text, prompt.score(text), np.zeros((1, 1, 1, 20)), None)
+    assert sample.used == tuple(spans[i] for i in used)
+    assert sample.needed.nonzero()[0].tolist() == [spans[i][0] // 64 for i in used]
+    assert sample.tells == bool(used)
+    chained = replace(sample, prompt=replace(prompt, followed=spans[1:]))
+    assert chained.tells == (len(used) == 2), "the second is found through the first"
+
+
 def made_trial(part: str, good: tuple[int, int] = (2, 1), count: int = 12) -> choose.Trial:
     return choose.Trial([made_sample(i, part, good) for i in range(count)], range(7), SHAPE)
 
@@ -237,8 +253,8 @@ def test_without_a_setting_that_holds_there_is_no_profile(calibrated, tmp_path: 
 
 
 def test_chance_gains_where_the_model_cannot_answer_make_up_for_no_loss() -> None:
-    rows = [{"task": "can", "dense": 0.8}, {"task": "half", "dense": 0.5}, {"task": "cannot", "dense": 0.4}]
-    assert [row["task"] for row in answers.answered(rows)] == ["can", "half"]
+    rows = [{"task": "can", "dense": 0.8}, {"task": "just", "dense": 0.4}, {"task": "cannot", "dense": 0.3}]
+    assert [row["task"] for row in answers.answered(rows)] == ["can", "just"]
     with pytest.raises(ForkError, match="answers no task"):
         answers.answered(rows[2:])
 
