@@ -187,10 +187,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 stack.callback(backend.close)
             ask_all = partial(answers.compare, check.samples, ask, backend, records=kept_answers, settings=settings)
-            everything = answers.together(answers.answered(ask_all(timed=0)))
-            say(f"of what it can answer dense {everything['dense']:.1%}, pruned {everything['pruned']:.1%} right")
-            if everything["difference"] < -args.loss / 100:
+            if (rows := ask_all(timed=0, loss=args.loss / 100)) is None:
+                say("more is lost than may be, whatever the prompts to come")
                 return None
+            everything = answers.together(rows)
+            say(f"of what it can answer dense {everything['dense']:.1%}, pruned {everything['pruned']:.1%} right")
             evidence["end_to_end"] = {
                 "by": answered_by,
                 "all": {key: everything[key] for key in POOLED},

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from evals.bench.engine import MIN_LENGTH
@@ -68,25 +69,42 @@ def start_engine(
 
 
 def compare(
-    samples: Sequence[Sample], ask: Ask, backend: Any, *, timed: int, records: Records, settings: dict[str, Any]
-) -> list[Any]:
-    """A row of evals.lm's table for each task and length; the first `timed` prompts of each length are timed too."""
+    samples: Sequence[Sample],
+    ask: Ask,
+    backend: Any,
+    *,
+    timed: int,
+    records: Records,
+    settings: dict[str, Any],
+    loss: float | None = None,
+) -> list[Any] | None:
+    """A row of evals.lm's table for each task and length; the first `timed` prompts of each length are timed too.
+
+    With `loss`, None as soon as more than this share of the answers that count is lost, whatever is still to come.
+    """
+
+    def answer(sample: Sample, xargs: dict[str, Any]) -> dict[str, Any]:
+        key = {"prompt": sample.prompt.ids, "xargs": xargs} | ({"settings": settings} if xargs == PRUNED else {})
+        if (found := records.get(key)) is None:
+            found = ask(sample, xargs)
+            records.add(key, found)
+        return found
+
+    dense = [answer(sample, DENSE) for sample in progress("dense", samples, len(samples))]
+    count = counted(samples, [answer["score"] for answer in dense])
+    gained = sum(1 - answer["score"] for answer, counts in zip(dense, count, strict=True) if counts)  # at most
     found = []
     seen: dict[int, int] = {}
-    for sample in progress("dense and pruned", samples, len(samples)):
-        place = {"prompt": sample.prompt.ids, "settings": settings}
-        answers = []
-        for xargs in (DENSE, PRUNED):
-            key = {**place, "xargs": xargs} if xargs == PRUNED else {"prompt": sample.prompt.ids, "xargs": xargs}
-            if (answer := records.get(key)) is None:
-                answer = ask(sample, xargs)
-                records.add(key, answer)
-            answers.append(answer)
+    for sample, unpruned, counts in zip(progress("pruned", samples, len(samples)), dense, count, strict=True):
+        pruned = answer(sample, PRUNED)
+        gained -= (1 - pruned["score"]) * counts
+        if loss is not None and gained < -loss * sum(count):
+            return None
         length = sample.prompt.length
         seen[length] = seen.get(length, 0) + 1
         times = None
         if backend is not None and seen[length] <= timed:
-            key = {**place, "timed": True}
+            key = {"prompt": sample.prompt.ids, "settings": settings, "timed": True}
             if (times := records.get(key)) is None:
                 if seen[length] == 1:  # warm
                     for xargs in (DENSE, PRUNED):
@@ -95,7 +113,7 @@ def compare(
                 by_way = {xargs["uniprefill"]: backend.first_token(sample.prompt.ids, xargs)[0] for xargs in order}
                 times = [by_way[0], by_way[1]]
                 records.add(key, times)
-        found.append((sample.prompt.task, length, *answers, times))
+        found.append((sample.prompt.task, length, unpruned, pruned, times))
     rows = []
     for (length, task), group in groupby(sorted(found, key=lambda f: (f[1], f[0])), key=lambda f: (f[1], f[0])):
         members = list(group)
@@ -111,20 +129,29 @@ def compare(
     return rows
 
 
-def answered(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of tasks that the model can answer: by chance right answers to others would make up for lost ones.
+def counted(samples: Sequence[Sample], dense: Sequence[float]) -> list[bool]:
+    """Whether each is of a task that the model can answer: by chance right answers to others would hide lost ones.
+
+    Args:
+        samples: the prompts.
+        dense: scores of their dense answers.
 
     Raises:
         ForkError: if there are none.
 
     """
-    if able := [row for row in rows if row["dense"] >= CAN_ANSWER]:
-        return able
-    raise ForkError(
-        f"The model answers no task of the check part to {CAN_ANSWER:.0%}; choose other LENGTHS or a model."
-    )
+    scores: dict[tuple[str, int], list[float]] = {}
+    for sample, score in zip(samples, dense, strict=True):
+        scores.setdefault((sample.prompt.task, sample.prompt.length), []).append(score)
+    able = {place for place, found in scores.items() if fmean(found) >= CAN_ANSWER}
+    if not able:
+        raise ForkError(
+            f"The model answers no task of the check part to {CAN_ANSWER:.0%}; choose other LENGTHS or a model."
+        )
+    return [(sample.prompt.task, sample.prompt.length) in able for sample in samples]
 
 
 def together(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All rows as one, whatever their length."""
+    """The rows that count as one, whatever their length."""
+    rows = [row for row in rows if row["dense"] >= CAN_ANSWER]
     return pooled(rows) | {"length": max(row["length"] for row in rows)}

@@ -244,9 +244,10 @@ def milder(plan: Plan) -> Iterator[Plan]:
 
 
 def candidates(trial: Trial, check: Trial) -> list[Plan]:
-    """Plans that hold on both, made from `trial`, the cheapest first, each at least 5 % dearer than the one before.
+    """Plans that hold on both, made from `trial`, the cheapest first.
 
-    What they cost is the mean over the prompts of both.
+    Each is at least 5 % dearer than the one before that is first cut after the same layer. What they cost is the mean
+    over the prompts of both.
 
     Raises:
         ForkError: if too few prompts can tell of a loss.
@@ -258,10 +259,11 @@ def candidates(trial: Trial, check: Trial) -> list[Plan]:
         if check.recall(plan) >= 1 - MAY_BE_LOST
     ]
     chosen: list[Plan] = []
-    dearest = 0.0
+    dearest: dict[int, float] = {}
     costs = [(plan, fmean(part.computed(plan) for part in (trial, check))) for plan in plans]
     for plan, computed in sorted(costs, key=lambda found: found[1]):
-        if dearest * NEXT_CANDIDATE <= computed < 1:
-            dearest = computed
+        layer = plan.cuts[0].layer
+        if dearest.get(layer, 0.0) * NEXT_CANDIDATE <= computed < 1:
+            dearest[layer] = computed
             chosen.append(plan)
     return chosen

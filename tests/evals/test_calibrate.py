@@ -153,7 +153,7 @@ def made_sample(index: int, part: str, good: tuple[int, int]) -> ranks.Sample:
     mass = rng.random((7, 2, len(model.WINDOWS), 20), dtype=np.float32)
     mass[good[0], good[1], 2, needed] = 50
     span = (needed * 64 + 5, needed * 64 + 9)
-    prompt = prompts.Prompt(part, "made", 1280, index, (1,) * 1280, (span,), (), ("x",), 1)
+    prompt = prompts.Prompt(part, "made", 1280, index, (index,) * 1280, (span,), (), ("x",), 1)
     return ranks.Sample(prompt, "x", 1.0, mass, None)
 
 
@@ -187,12 +187,15 @@ def test_the_head_that_finds_is_chosen_and_what_it_saves() -> None:
 
 
 @pytest.mark.parametrize("found_elsewhere", [False, True])
-def test_candidates_hold_on_both_parts_and_each_is_dearer_than_the_one_before(found_elsewhere: bool) -> None:
+def test_candidates_hold_on_both_parts_the_cheapest_first(found_elsewhere: bool) -> None:
     parts = made_trial("choose"), made_trial("check", (4, 0) if found_elsewhere else (2, 1))
     plans = choose.candidates(*parts)
-    computed = [sum(part.computed(plan) for part in parts) / 2 for plan in plans]
     assert all(part.recall(plan) >= 1 - choose.MAY_BE_LOST for plan in plans for part in parts)
-    assert all(b >= choose.NEXT_CANDIDATE * a for a, b in pairwise(computed)) and computed[-1] < 1
+    computed = [sum(part.computed(plan) for part in parts) / 2 for plan in plans]
+    assert computed == sorted(computed) and computed[-1] < 1
+    for layer in {plan.cuts[0].layer for plan in plans}:
+        own = [c for plan, c in zip(plans, computed, strict=True) if plan.cuts[0].layer == layer]
+        assert all(b >= choose.NEXT_CANDIDATE * a for a, b in pairwise(own)), "of one layer none like another"
     assert len(plans) > 3 if not found_elsewhere else computed[0] > 0.8
 
 
@@ -253,10 +256,34 @@ def test_without_a_setting_that_holds_there_is_no_profile(calibrated, tmp_path: 
 
 
 def test_chance_gains_where_the_model_cannot_answer_make_up_for_no_loss() -> None:
-    rows = [{"task": "can", "dense": 0.8}, {"task": "just", "dense": 0.4}, {"task": "cannot", "dense": 0.3}]
-    assert [row["task"] for row in answers.answered(rows)] == ["can", "just"]
+    samples = [
+        replace(sample, prompt=replace(sample.prompt, task=task))
+        for task in ("can", "just", "cannot")
+        for sample in (made_sample(0, "check", (2, 1)), made_sample(1, "check", (2, 1)))
+    ]
+    counts = [True] * 4 + [False] * 2
+    assert answers.counted(samples, [1, 0.6, 0.8, 0, 0.6, 0]) == counts
     with pytest.raises(ForkError, match="answers no task"):
-        answers.answered(rows[2:])
+        answers.counted(samples[4:], [0.6, 0])
+
+
+@pytest.mark.parametrize(("wrong", "asked"), [((), 12), ((0, 1), 2), ((10, 11), 12), ((0, 6), 7)])
+def test_asking_ends_when_too_much_is_lost(tmp_path: Path, wrong: tuple[int, ...], asked: int) -> None:
+    """12 prompts, of which one may be lost."""
+    samples = [made_sample(i, "check", (2, 1)) for i in range(12)]
+    report = {"outcome": "pruned", "prompt_tokens": 1280, "segments": [{"layers": [0, 7], "tokens_in": 1280}]}
+    pruned = []
+
+    def ask(sample: ranks.Sample, xargs: dict) -> dict:
+        if xargs == answers.DENSE:
+            return {"score": 1.0, "report": {}}
+        pruned.append(sample.prompt.index)
+        return {"score": float(sample.prompt.index not in wrong), "report": report}
+
+    with open_records(tmp_path, {}, fresh=False) as records:
+        rows = answers.compare(samples, ask, None, timed=0, records=records, settings={}, loss=0.1)
+    assert len(pruned) == asked
+    assert (rows is None) == (len(wrong) > 1)
 
 
 def test_ceiling_counts_answers_with_the_needed_blocks_first_and_without(tmp_path: Path, monkeypatch) -> None:
