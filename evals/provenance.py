@@ -38,6 +38,14 @@ def count_argument(text: str) -> int:
     return value
 
 
+def numbers_argument(text: str) -> tuple[int, ...]:
+    """ "4096,2048" -> (2048, 4096)."""
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list like 2048,4096") from None
+
+
 def command_line(task: str, argv: Sequence[str]) -> str:
     """The make command that measures the same: all arguments but where the result goes."""
     words = list(argv)

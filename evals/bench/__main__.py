@@ -23,7 +23,7 @@ from evals.bench.engine import MIN_LENGTH, Bench, EngineSpec, prepare_environmen
 from evals.bench.report import Part, Result, require_matplotlib, write
 from evals.bench.shapes import NEEDLE_MODEL, SHAPES, ModelShape, Prompts, Shape, model_folder, model_name, read_config
 from evals.needle.prompts import MAX_TOKENS
-from evals.provenance import add_results_option, command_line, count_argument, provenance
+from evals.provenance import add_results_option, command_line, count_argument, numbers_argument, provenance
 from scripts import models
 from scripts.fork import ForkError, run_main, say
 
@@ -56,16 +56,8 @@ PARTS = (
 NAMES = tuple(part.name for part in PARTS)
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """ "4096,2048" -> (2048, 4096)."""
-    try:
-        return tuple(sorted({int(word) for word in text.split(",")}))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list like 2048,4096") from None
-
-
 def lengths_argument(text: str) -> tuple[int, ...]:
-    found = numbers(text)
+    found = numbers_argument(text)
     if found[0] < MIN_LENGTH:
         raise argparse.ArgumentTypeError(
             f"{found[0]} is too short: prompts under {MIN_LENGTH} tokens are prefilled densely"
@@ -116,11 +108,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--repeats", type=count_argument, default=5, help=f"repetitions {shown}")
     add("--parts", type=parts_argument, default=NAMES[:-1], metavar="PART,PART", help="(default: all but flashinfer)")
-    add("--selection-layers", type=numbers, metavar="N,N", help="cut after these layers (default: the shape's)")
+    add(
+        "--selection-layers", type=numbers_argument, metavar="N,N", help="cut after these layers (default: the shape's)"
+    )
     add("--top-p", type=share_argument, default=0.99, help=shown)
     add("--keep-ratio", type=share_argument, help="(default: the shape's, .3)")
     add("--traffic-length", type=int, metavar="N", help="prompt tokens of concurrency, cache and poisson's long ones")
-    add("--kernel-lengths", type=numbers, metavar="N,N", help="keys of the part kernels (default: the shape's)")
+    add(
+        "--kernel-lengths", type=numbers_argument, metavar="N,N", help="keys of the part kernels (default: the shape's)"
+    )
     add("--arrivals", type=count_argument, default=24, help=f"requests of poisson {shown}")
     add("--decode-rounds", type=count_argument, default=3, help=shown)
     add(

@@ -20,10 +20,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from evals.bench.__main__ import numbers
 from evals.bench.shapes import ModelShape, model_name
 from evals.lm.__main__ import json_argument, lengths_argument, prepare_environment
-from evals.provenance import add_results_option, command_line, count_argument, provenance
+from evals.provenance import add_results_option, command_line, count_argument, numbers_argument, provenance
 from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
 from scripts.serve import NEEDLE_MODEL
@@ -61,7 +60,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--ceiling",
-        type=numbers,
+        type=numbers_argument,
         metavar="L,L",
         help="no profile: what is still answered if the needed blocks are kept first, cut after each of these layers; "
         "writes NAME-ceiling.json and .md",

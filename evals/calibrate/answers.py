@@ -85,10 +85,7 @@ def compare(
 
     def answer(sample: Sample, xargs: dict[str, Any]) -> dict[str, Any]:
         key = {"prompt": sample.prompt.ids, "xargs": xargs} | ({"settings": settings} if xargs == PRUNED else {})
-        if (found := records.get(key)) is None:
-            found = ask(sample, xargs)
-            records.add(key, found)
-        return found
+        return records.kept(key, lambda: ask(sample, xargs))
 
     dense = [answer(sample, DENSE) for sample in progress("dense", samples, len(samples))]
     count = counted(samples, [answer["score"] for answer in dense])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,9 @@ def measure(
                 for share, way in right:
                     xargs = {"uniprefill": 1, "uniprefill_keep_ratio": share}
                     key = {"prompt": sample.prompt.ids, "ceiling": way, "layer": layer, "xargs": xargs}
-                    if (answer := records.get(key)) is None:
-                        first = ranked_first(np.flatnonzero(sample.needed).tolist())
-                        with first if way == "needed" else nullcontext():
-                            answer = ask(sample, xargs)
-                        records.add(key, answer)
+                    first = ranked_first(np.flatnonzero(sample.needed).tolist())
+                    with first if way == "needed" else nullcontext():
+                        answer = records.kept(key, partial(ask, sample, xargs))
                     right[share, way] += answer["score"] == 1
         finally:
             backend.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,13 @@ class Records:
 
     def get(self, what: Mapping[str, Any]) -> Any:
         return self.values.get(digest(what))
+
+    def kept(self, what: Mapping[str, Any], make: Callable[[], Any]) -> Any:
+        """What is recorded, or else made and recorded."""
+        if (value := self.get(what)) is None:
+            value = make()
+            self.add(what, value)
+        return value
 
     def add(self, what: Mapping[str, Any], value: Any) -> None:
         """Kept even if the process is killed right after."""

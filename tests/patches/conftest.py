@@ -25,6 +25,24 @@ if TYPE_CHECKING:
 KV_BLOCK = 16  # tokens, of the schedulers made here
 
 
+@pytest.fixture
+def grids(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[Any]]:
+    """(module, name of a Triton kernel in it) -> the grids that it is launched with from then on."""
+
+    def watch(module: Any, name: str) -> list[Any]:
+        kernel, found = getattr(module, name), []
+
+        class Watched:
+            def __getitem__(self, grid: Any) -> Any:
+                found.append(grid)
+                return kernel[grid]
+
+        monkeypatch.setattr(module, name, Watched())
+        return found
+
+    return watch
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 8 layers, small enough to be read at once."""
