@@ -16,7 +16,9 @@ from oracle.forward import ForwardOracle
 from oracle.selection import SelectionRule
 from test_oracle_agreement import MASS_TOLERANCE, MAX_RELATIVE_ERROR, logits_of, random_prompt, relative_error
 from test_random_traffic import assert_nothing_left
-from vllm import SamplingParams, TokensPrompt
+from torch import Tensor
+from vllm import SamplingParams, TokensPrompt, _custom_ops
+from vllm.model_executor.layers.mamba import mamba_mixer
 
 NUM_PROMPT = 900
 NUM_DECODE = 32
@@ -34,6 +36,33 @@ def open_engine(path, budget: int, dtype: str = "float32"):
     return engine(path, uniprefill=CONFIG, dtype=dtype, max_logprobs=-1, logprobs_mode="raw_logits", **lengths)
 
 
+def mamba1(state: Tensor, x: Tensor, step: Tensor, decay, write: Tensor, read: Tensor, skip, gate: Tensor, bias):
+    """A token's (state [..., D, N], output [..., D]): the release has Mamba 1's recurrence for GPUs only."""
+    step = torch.nn.functional.softplus(step + bias)[..., None]
+    state = state * torch.exp(step * decay) + step * write[..., None, :] * x[..., None]
+    return state, ((state * read[..., None, :]).sum(-1) + skip * x) * torch.nn.functional.silu(gate)
+
+
+def mamba1_prefill(
+    x, step, decay, write, read, skip, gate, bias, softplus, starts, slots, goes_on, states, *others
+) -> None:
+    """In place of vLLM's `selective_scan_fwd`: fills `gate` [D, T] and the slots' `states` [slots, D, N]."""
+    for slot, resumes, start, end in zip(slots, goes_on, starts, starts[1:], strict=False):
+        state = states[slot] * resumes
+        for t in range(start, end):
+            token = (x[:, t], step[:, t], decay, write[0, :, t], read[0, :, t], skip, gate[:, t], bias)
+            state, gate[:, t] = mamba1(state, *token)
+        states[slot] = state
+
+
+def mamba1_decode(
+    states, x, step, decay, write, read, skip, bias, z, dt_softplus, state_batch_indices, dst_state_batch_indices, out
+) -> None:
+    """In place of vLLM's `selective_state_update`: fills `out` [B, D]."""
+    token = (x, step, decay, write, read, skip, z, bias)
+    states[dst_state_batch_indices], out[:] = mamba1(states[state_batch_indices], *token)
+
+
 @pytest.mark.parametrize(
     ("family", "budget"),
     [
@@ -43,6 +72,8 @@ def open_engine(path, budget: int, dtype: str = "float32"):
         ("qwen3_next", LANE),
         ("falcon_h1", WHOLE),
         ("granitemoehybrid", LANE),
+        ("jamba", WHOLE),
+        ("jamba", LANE),
         ("gemma2", WHOLE),
         ("gemma3_text", LANE),
         ("lfm2", WHOLE),
@@ -52,7 +83,10 @@ def open_engine(path, budget: int, dtype: str = "float32"):
         pytest.param("qwen3_5_text", WHOLE, marks=NEEDS_TORCHVISION),
     ],
 )
-def test_agrees_with_oracle(family: str, budget: int, tmp_path) -> None:
+def test_agrees_with_oracle(family: str, budget: int, tmp_path, monkeypatch) -> None:
+    if family == "jamba" and not torch.cuda.is_available():
+        monkeypatch.setattr(_custom_ops, "selective_scan_fwd", mamba1_prefill)
+        monkeypatch.setattr(mamba_mixer, "selective_state_update", mamba1_decode)
     path = make_family_checkpoint(tmp_path / "m", family)
     prompt = random_prompt(NUM_PROMPT, seed=1)
     ask = {"logprobs": -1}

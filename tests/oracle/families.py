@@ -45,6 +45,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "position_embedding_type": "rope",
     }
     | _MAMBA2,
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "num_experts": 4,
+        "mamba_dt_rank": 16,
+    },
     "gemma2": {"sliding_window": 256, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
     "gemma3_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 4,
