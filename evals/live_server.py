@@ -7,17 +7,19 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.fork import ForkError
-from scripts.serve import Address, fast_dtype, is_cpu_build, server, wait_until_ready
+from scripts.serve import Address, fast_dtype, is_cpu_build, server, session_members, wait_until_ready
 
 NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
 NAME = "needle"
@@ -115,25 +117,53 @@ def live_server(
         yield LiveServer(process, address.url, log)
 
 
-def apart_options(role: str) -> dict[str, str | None]:
-    """Of a server that prefills (`kv_producer`) or decodes (`kv_consumer`)."""
-    transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_load_failure_policy": "recompute"}
-    return {"--kv-transfer-config": json.dumps(transfer)}
+@contextmanager
+def apart_server(
+    role: str,
+    options: Mapping[str, str | None],
+    log: Path,
+    model: Path = NEEDLE_MODEL,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[LiveServer]:
+    """As `live_server`, one that prefills (`kv_producer`) or decodes (`kv_consumer`), on half of the cores.
 
-
-def apart_environment(part: int) -> dict[str, str]:
-    """Of the first or the second of two such servers, which have half of the cores each.
-
-    Threads of two servers on the same cores wait for each other for minutes.
+    The release's NIXL connector moves the thread that computes to the machine's last core, in every server, and
+    NIXL polls without a pause in a thread of its own, which here gives way to the others.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    middle = len(cores) // 2
-    own = (cores[:middle], cores[middle:])[part] or cores
-    return {
+    transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_load_failure_policy": "recompute"}
+    cores = own_cores(role)
+    own = {
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, own)),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
     }
+    options = dict(options) | {"--kv-transfer-config": json.dumps(transfer)}
+    with live_server(options, log, model, own | dict(environment or {})) as server:
+        keep_to(cores, session_members(server.process.pid))
+        yield server
+
+
+def own_cores(role: str) -> list[int]:
+    """The first half of this process's cores for a `kv_producer`, the second for a `kv_consumer`."""
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    return (cores[:middle] if role == "kv_producer" else cores[middle:]) or cores
+
+
+def keep_to(cores: Sequence[int], processes: Sequence[psutil.Process], seconds: float = 1.0) -> None:
+    """Move idle processes to these cores, and their threads that are busy for all that to the lowest priority."""
+
+    def used() -> dict[int, float]:
+        threads = (thread for process in processes for thread in process.threads())
+        return {thread.id: thread.user_time + thread.system_time for thread in threads}
+
+    before = used()
+    time.sleep(seconds)
+    for thread, now in used().items():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(thread, cores)
+            if now - before.get(thread, now) > 0.2 * seconds:
+                os.setpriority(os.PRIO_PROCESS, thread, 19)
 
 
 @contextmanager

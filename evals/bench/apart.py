@@ -33,8 +33,7 @@ from evals.bench.shapes import ModelShape, model_name, read_config
 from evals.live_server import (
     LiveServer,
     Metrics,
-    apart_environment,
-    apart_options,
+    apart_server,
     live_server,
     router,
 )
@@ -101,15 +100,8 @@ def apart_servers(mix: Mix, model: Path, folder: Path) -> Iterator[ApartServers]
     roles = ("kv_producer", {"--uniprefill-config": declines}), ("kv_consumer", {})
     with ExitStack() as stack:
         prefill, decode = (
-            stack.enter_context(
-                live_server(
-                    options | apart_options(role) | more,
-                    folder / f"{role}.log",
-                    model,
-                    apart_environment(part) | network,
-                )
-            )
-            for part, (role, more) in enumerate(roles)
+            stack.enter_context(apart_server(role, options | more, folder / f"{role}.log", model, network))
+            for role, more in roles
         )
         url = stack.enter_context(router([prefill.url], [decode.url], folder / "router.log"))
         yield ApartServers(url, prefill, decode)

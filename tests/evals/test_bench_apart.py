@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from evals.bench import apart, load, report
 from evals.bench.arithmetic import spread
 from evals.bench.load import DENSE, PRUNED
-from evals.live_server import NEEDLE_MODEL, apart_environment
+from evals.live_server import NEEDLE_MODEL, keep_to, own_cores
 from scripts.fork import ForkError
 from tests.evals.test_bench_load import MIX, made_row
 
@@ -38,9 +42,24 @@ def test_a_result_is_written_and_plotted(tmp_path: Path) -> None:
 
 
 def test_the_servers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, parts in (({4, 5, 6, 9}, ["4,5", "6,9"]), ({4}, ["4", "4"])):
+    for cores, parts in (({4, 5, 6, 9}, ([4, 5], [6, 9])), ({4}, ([4], [4]))):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
-        assert [apart_environment(part)["VLLM_CPU_OMP_THREADS_BIND"] for part in (0, 1)] == parts
+        assert (own_cores("kv_producer"), own_cores("kv_consumer")) == parts
+
+
+def test_idle_servers_keep_to_their_cores_and_what_polls_gives_way() -> None:
+    spin = "Thread(target=lambda: any(False for _ in iter(int, 1)), daemon=True).start()"
+    code = f"from threading import Thread; {spin}; print(); input()"
+    core = max(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        keep_to([core], [psutil.Process(process.pid)])
+        threads = [thread.id for thread in psutil.Process(process.pid).threads()]
+        nice = {thread: os.getpriority(os.PRIO_PROCESS, thread) for thread in threads}
+        affinity = [os.sched_getaffinity(thread) for thread in threads]
+        process.communicate(b"\n")
+    assert nice.pop(process.pid) == 0 and [*nice.values()] == [19]
+    assert affinity == [{core}] * 2
 
 
 def test_the_machines_own_network_is_left_alone() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 from test_server import complete
 
-from evals.live_server import LiveServer, apart_environment, apart_options, free_port, live_server, router
+from evals.live_server import LiveServer, apart_server, free_port, router
 from evals.needle.prompts import NeedlePrompt, is_correct, make_prompt
 from scripts.serve import session_members
 
@@ -71,12 +71,10 @@ def test_long_prompts_are_prefilled_apart_and_a_dead_prefill_server_takes_nothin
     slow = make_prompt("multikey", 16000, 7)
 
     def prefill_server(name: str):
-        options = PREFILL_OPTIONS | apart_options("kv_producer") | {"--port": port}
-        return live_server(options, tmp_path / name, environment=apart_environment(0))
+        return apart_server("kv_producer", PREFILL_OPTIONS | {"--port": port}, tmp_path / name)
 
-    decode_options = OPTIONS | apart_options("kv_consumer")
     with (
-        live_server(decode_options, tmp_path / "decode", environment=apart_environment(1)) as decode,
+        apart_server("kv_consumer", OPTIONS, tmp_path / "decode") as decode,
         prefill_server("prefill") as prefill,
         router([prefill.url], [decode.url], tmp_path / "router") as url,
         ThreadPoolExecutor(8) as pool,
@@ -108,7 +106,7 @@ def test_long_prompts_are_prefilled_apart_and_a_dead_prefill_server_takes_nothin
 
 def test_a_server_goes_on_after_forged_parameters(tmp_path) -> None:
     """HTTP 400 by name, though the server tells the prefill server of every request that it refuses."""
-    options = OPTIONS | apart_options("kv_consumer") | {"--kv-cache-memory-bytes": "128M", "--max-model-len": "4096"}
+    options = OPTIONS | {"--kv-cache-memory-bytes": "128M", "--max-model-len": "4096"}
     text = make_prompt("multikey", 1500, 0).text
     address = {
         "remote_engine_id": "forged",
@@ -125,7 +123,7 @@ def test_a_server_goes_on_after_forged_parameters(tmp_path) -> None:
         ({"remote_block_ids": [1]}, "remote_block_ids"),
         ({"remote_port": None}, "remote_port"),
     ]
-    with live_server(options, tmp_path / "log", environment=apart_environment(0)) as live:
+    with apart_server("kv_consumer", options, tmp_path / "log") as live:
         for changed, name in forged:
             params = {"do_remote_prefill": True, **address, **changed}
             status, answer = complete(live.url, text, kv_transfer_params=params)
