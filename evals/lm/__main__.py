@@ -33,7 +33,7 @@ from evals.bench.shapes import ModelShape, model_name, read_config
 from evals.provenance import add_results_option, command_line, count_argument, package_problem, provenance
 from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
-from scripts.serve import NEEDLE_MODEL, serve_arguments, server, vllm_program, wait_until_ready
+from scripts.serve import NEEDLE_MODEL, Address, serve_arguments, server, vllm_program, wait_until_ready
 
 RECORDS = ROOT / "build" / "evals"
 LENGTHS = (4096, 8192, 16384)
@@ -205,13 +205,13 @@ def asked_backend(args: argparse.Namespace, arguments: dict[str, Any], batch_siz
             )
         yield backend
     elif args.backend == "api":
-        options = [*server_options(arguments), "--port", str(args.port), "--host", "127.0.0.1"]
+        address = Address("127.0.0.1", args.port)
+        options = [*server_options(arguments), "--host", address.host, "--port", str(address.port)]
         command = [vllm_program(), *serve_arguments(args.model, options, cpu=False, needle=False)]
-        url = f"http://127.0.0.1:{args.port}"
         say(f"starting {shlex.join(command[1:])}")
         with server(command, sys.stderr.fileno()) as process:
-            wait_until_ready(process, url)
-            yield ApiBackend(url, args.model, args.apply_chat_template, batch_size)
+            wait_until_ready(process, address)
+            yield ApiBackend(address.url, args.model, args.apply_chat_template, batch_size)
     else:
         say("starting an engine in this process")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
