@@ -158,6 +158,9 @@ def summary(question: Question, dense: list[Reply], pruned: list[Reply]) -> str:
     if report.get("segments"):
         lines += [f"tokens computed of {report['prompt_tokens']:,}, in {report['steps']} steps:", bar_table(report)]
     lines += [nothing_dropped(report), ""]
+    right = [replies[-1].text.startswith(question.answer) for replies in (dense, pruned)]
+    if right == [True, False]:
+        lines += ["what it needed was dropped: make calibrate MODEL=… finds what this model may drop", ""]
     lines.append("time to first token")
     for name, values in times.items():
         each = ", ".join(f"{value:.2f}" for value in values)

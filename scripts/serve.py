@@ -29,7 +29,7 @@ from scripts import compile_cpu, models
 from scripts.fork import ROOT, ForkError, run_main, say
 
 NEEDLE_MODEL = ROOT / "evals" / "needle" / "model"
-UNIPREFILL = {"top_p": 0.99}
+PROFILES = ROOT / "evals" / "profiles"
 NEEDLE_OPTIONS = {"--served-model-name": "needle", "--max-model-len": "32768", "--max-num-seqs": "16"}
 # small models want little memory; by default vLLM takes nearly all of a CPU's
 SMALL_CPU_OPTIONS = {"--kv-cache-memory-bytes": "1G"}
@@ -40,6 +40,12 @@ def fast_dtype(cpu: bool) -> str:
     if not cpu or compile_cpu.AVX512.needs <= compile_cpu.cpu_flags(Path("/proc/cpuinfo").read_text()):
         return "auto"
     return "float32"
+
+
+def uniprefill_config(model: str) -> dict[str, float | str]:
+    """Of a server that is not told any: the model's profile, if it is one of ours, or the published settings."""
+    profile = PROFILES / f"{Path(model).name}.json"
+    return {"profile": str(profile)} if models.is_made(model) and profile.is_file() else {"top_p": 0.99}
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, str]:
@@ -63,7 +69,7 @@ def given_options(arguments: Sequence[str]) -> dict[str, str]:
 
 def serve_arguments(model: str, extra: Sequence[str], cpu: bool, needle: bool) -> list[str]:
     """The arguments of `vllm serve`; nothing that the user set is set again."""
-    wanted: dict[str, str | None] = {"--uniprefill-config": json.dumps(UNIPREFILL)}
+    wanted: dict[str, str | None] = {"--uniprefill-config": json.dumps(uniprefill_config(model))}
     if needle:
         wanted |= NEEDLE_OPTIONS
         wanted["--enforce-eager"] = None

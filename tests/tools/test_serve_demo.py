@@ -25,6 +25,21 @@ def test_any_model_gets_uniprefill_and_nothing_else():
     assert arguments == ["serve", "some/model", "--uniprefill-config", '{"top_p": 0.99}']
 
 
+def test_a_model_of_ours_is_served_with_its_profile_unless_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.setattr(serve.models, "is_made", lambda model: model == "build/models/ours")
+    monkeypatch.setattr(serve, "PROFILES", tmp_path)
+    published = '{"top_p": 0.99}'
+
+    def config(*given, model="build/models/ours"):
+        return value(serve.serve_arguments(model, given, cpu=False, needle=False), "uniprefill-config")
+
+    assert config() == published
+    (tmp_path / "ours.json").touch()
+    assert config() == json.dumps({"profile": str(tmp_path / "ours.json")})
+    assert config("--uniprefill-config", "{}") == "{}"
+    assert config(model="elsewhere/ours") == published
+
+
 def test_the_needle_model_is_served_with_the_default_budget():
     arguments = serve.serve_arguments("m", [], cpu=True, needle=True)
     assert value(arguments, "served-model-name") == "needle"
@@ -183,6 +198,10 @@ def test_the_summary_compares_medians():
     assert "what is k1 ?" in text and text.count("v12") == 3
     assert "median of 6.00, 8.00, 100.00" in text and "ratio     2.00 x" in text
     assert "tokens computed of 1,000, in 3 steps:" in text and "nothing was" not in text
+    assert "make calibrate" not in text
+    wrong = [demo.Reply("v13 .", 1.0, REPORT)]
+    assert "make calibrate" in demo.summary(question, dense, wrong)
+    assert "make calibrate" not in demo.summary(question, wrong, wrong)
 
 
 def test_a_summary_of_nothing_pruned_says_why():
