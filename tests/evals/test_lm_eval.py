@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,6 +26,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import vllm  # noqa: E402  before torch: on a CPU it chooses Triton's interpreter
 from lm_eval import tasks as harness_tasks  # noqa: E402
 
+from evals.live_server import free_port  # noqa: E402
 from evals.lm import arithmetic, report  # noqa: E402
 from evals.lm.__main__ import NEEDLE_MODEL, chosen_variants, lengths_argument, main, make_parser, server_options  # noqa: E402
 from evals.lm.records import open_records  # noqa: E402
@@ -398,6 +400,19 @@ def test_a_run_that_ended_goes_on(pretended: Pretended, tmp_path: Path) -> None:
     assert (row["dense"], row["pruned"]) == (1, 0.5)
     run_against(pretended, tmp_path, "--fresh")
     assert len(pretended.samples_asked(stream=False)) == 4 * SAMPLES
+
+
+def test_a_server_is_started_and_waited_for(monkeypatch) -> None:
+    from evals.lm import __main__ as program
+    from evals.lm import backends
+
+    args = make_parser().parse_args(["--backend", "api", "--port", str(free_port())])
+    pretended = ["-m", "http.server", str(args.port), "--bind", "127.0.0.1"]
+    monkeypatch.setattr(program, "vllm_program", lambda: sys.executable)
+    monkeypatch.setattr(program, "serve_arguments", lambda *_, **__: pretended)
+    monkeypatch.setattr(backends, "ApiBackend", lambda url, *_: url)
+    with program.asked_backend(args, {}, 1, "") as url, urllib.request.urlopen(url) as response:
+        assert response.status == 200
 
 
 def test_another_package_is_refused(pretended: Pretended, tmp_path: Path) -> None:
