@@ -6,12 +6,12 @@ import json
 import math
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -407,12 +407,13 @@ def test_a_server_is_started_and_waited_for(monkeypatch) -> None:
     from evals.lm import backends
 
     args = make_parser().parse_args(["--backend", "api", "--port", str(free_port())])
-    pretended = ["-m", "http.server", str(args.port), "--bind", "127.0.0.1"]
+    listen = f"import signal, socket; s = socket.create_server(('127.0.0.1', {args.port})); signal.pause()"
     monkeypatch.setattr(program, "vllm_program", lambda: sys.executable)
-    monkeypatch.setattr(program, "serve_arguments", lambda *_, **__: pretended)
+    monkeypatch.setattr(program, "serve_arguments", lambda *_, **__: ["-c", listen])
     monkeypatch.setattr(backends, "ApiBackend", lambda url, *_: url)
-    with program.asked_backend(args, {}, 1, "") as url, urllib.request.urlopen(url) as response:
-        assert response.status == 200
+    with program.asked_backend(args, {}, 1, "") as url:
+        assert url == f"http://127.0.0.1:{args.port}"
+        socket.create_connection(("127.0.0.1", args.port)).close()
 
 
 def test_another_package_is_refused(pretended: Pretended, tmp_path: Path) -> None:
