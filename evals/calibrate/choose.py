@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from statistics import fmean
 from typing import Any
 
@@ -21,13 +21,14 @@ AMOUNTS = {
     "keep_ratio": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     "top_p": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
 }
-MAX_HEADS = 4
+BEST_HEADS, MAX_HEADS = 9, 4  # of a layer: those tried together, those that score together
 MAX_CUTS = 4
 WORTH_A_CUT = 0.02  # of the computed share
 FEWEST = 8  # prompts that can tell of a loss
 MAY_BE_LOST = 0.15  # of a part's needed places: an answer may have been read before its place was dropped
 MEAN_RANK = 0.1  # of what the question names; .5 is chance
 NEXT_CANDIDATE = 1.05  # of what the one before computes
+TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -160,38 +161,43 @@ class Trial:
         return {layer: cut for layer, cut in best.items() if self.rank_facts(cut)["mean"] <= MEAN_RANK}
 
     def _scorer(self, layer: int, hops: int) -> Cut:
-        """Greedy: the best head, then each next one that leaves the ranks as good."""
-        row = self.row[layer]
-
-        def quality(heads: Sequence[int], window: int) -> tuple[float, float]:
-            """Mean and worst rank together; less is better. Then the middle mass on what is needed, negative."""
-            ranks, shares = [], []
-            for sample in self.telling:
-                mass = sample.mass[row, heads, window].sum(0)
-                asked_for, middle = sample.needed, sample.middle
-                rank = 0.0
-                if hops == 2 and sample.hops is not None:
-                    hop = second_hop(mass, sample.hops[row, heads].sum(0), sample.num_tokens)
-                    asked_for, followed = sample.asked_for, sample.needed & ~sample.asked_for
-                    if followed.any():
-                        rank = min(float(rank_shares(scores, followed, middle)) for scores in (mass, hop))
-                if asked_for.any():
-                    rank = max(rank, float(rank_shares(mass, asked_for, middle)))
-                    shares.append(float(mass[asked_for].sum() / mass[middle].sum()))
-                ranks.append(rank)
-            return round(fmean(ranks) + max(ranks), 3), -fmean(shares)
-
+        """Of all sets of a few of the best heads, and all windows: what ranks best on average."""
+        num_heads = self.samples[0].mass.shape[1]
         found = []
         for window in range(len(WINDOWS)):
-            single = sorted((quality([head], window), head) for head in range(self.samples[0].mass.shape[1]))
-            best, heads = single[0][0], [single[0][1]]
-            for _, head in single[1:]:
-                if len(heads) < MAX_HEADS and quality([*heads, head], window)[0] <= best[0]:
-                    heads.append(head)
-                    best = quality(heads, window)
-            found.append((best, window, heads))
-        _, window, heads = min(found)
-        return Cut(layer, tuple(sorted(heads)), WINDOWS[window])
+            single = self._quality(layer, window, np.eye(num_heads, dtype=np.float32), hops)
+            best = sorted(sorted(range(num_heads), key=single.__getitem__)[:BEST_HEADS])
+            sets = [heads for count in range(1, MAX_HEADS + 1) for heads in combinations(best, count)]
+            members = np.zeros((len(sets), num_heads), dtype=np.float32)
+            for row, heads in zip(members, sets, strict=True):
+                row[list(heads)] = 1
+            found.append(min(zip(self._quality(layer, window, members, hops), sets, [window] * len(sets), strict=True)))
+        _, heads, window = min(found)
+        return Cut(layer, heads, WINDOWS[window])
+
+    def _quality(self, layer: int, window: int, members: np.ndarray, hops: int) -> list[tuple[float, float]]:
+        """For each set of heads the mean rank of what its summed mass must find; then the middle mass on it, negative.
+
+        Less is better. members: [sets, heads] fp32, 1 for those in the set.
+        """
+        row = self.row[layer]
+        ranks, shares = [], []
+        for sample in self.telling:
+            mass = members @ sample.mass[row, :, window]
+            asked_for, middle = sample.needed, sample.middle
+            rank = np.zeros(len(members))
+            if hops == 2 and sample.hops is not None:
+                asked_for, followed = sample.asked_for, sample.needed & ~sample.asked_for
+                if followed.any():
+                    every = np.tensordot(members, sample.hops[row], 1)
+                    hop = np.stack([second_hop(*both, sample.num_tokens) for both in zip(mass, every, strict=True)])
+                    rank = np.minimum(*(rank_shares(scores, followed, middle) for scores in (mass, hop)))
+            if asked_for.any():
+                rank = np.maximum(rank, rank_shares(mass, asked_for, middle))
+                shares.append(mass[:, asked_for].sum(1) / np.maximum(mass[:, middle].sum(1), TINY))
+            ranks.append(rank)
+        means, shares = np.mean(ranks, 0).round(3), np.mean(shares, 0)
+        return [(float(mean), -float(share)) for mean, share in zip(means, shares, strict=True)]
 
     def plans(self) -> Iterator[Plan]:
         """Those that hold; of each with several cuts also those with fewer.

@@ -186,6 +186,18 @@ def test_the_head_that_finds_is_chosen_and_what_it_saves() -> None:
     assert first.settings()["selection_layers"][0]["heads"] == list(cut.heads)
 
 
+def test_heads_that_find_everything_only_together_are_chosen_over_the_best_one() -> None:
+    samples = []
+    for index in range(12):
+        sample = made_sample(index, "choose", (2, 1))
+        mass = np.random.default_rng(index).random((7, 3, len(model.WINDOWS), 20), dtype=np.float32)
+        mass[2, 0, 2, sample.needed] = 0.9  # the first head ranks it well, the others first in every second prompt
+        mass[2, 1 + index % 2, 2, sample.needed] = 50
+        samples.append(replace(sample, mass=mass))
+    scorer = choose.Trial(samples, range(7), SHAPE).scorers(1)[2]
+    assert (scorer.heads, scorer.num_queries) == ((1, 2), 32)
+
+
 @pytest.mark.parametrize("found_elsewhere", [False, True])
 def test_candidates_hold_on_both_parts_the_cheapest_first(found_elsewhere: bool) -> None:
     parts = made_trial("choose"), made_trial("check", (4, 0) if found_elsewhere else (2, 1))
