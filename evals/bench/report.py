@@ -178,11 +178,11 @@ def require_matplotlib() -> None:
 
 
 def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
-    """The panels in rows of three, under one title."""
+    """The panels in rows of three, four in rows of two, under one title."""
     require_matplotlib()
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     size = (5.2 * columns, 3.8 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
     panels = [partial(draw_score, length=length, rows=rows) for length in lengths]
     panels += [partial(draw_ttft, length=length, rows=rows) for length in lengths if any(row["ttft"] for row in rows)]
     machine = result["about"]["machine"]
+    samples = " and ".join(dict.fromkeys(str(row["samples"]) for row in sorted(rows, key=itemgetter("length"))))
     title = (
         f"{result['settings']['name']}, vLLM {result['about']['package']}, {machine['gpu'] or machine['cpu']}, "
-        f"{rows[0]['samples']} samples of each task and length, {len({row['task'] for row in rows})} tasks"
+        f"{samples} samples of each task and length, {len({row['task'] for row in rows})} tasks"
     )
     draw(panels, title, path)
 
