@@ -154,8 +154,11 @@ def keep_to(cores: Sequence[int], processes: Sequence[psutil.Process], seconds: 
     """Move idle processes to these cores, and their threads that are busy for all that to the lowest priority."""
 
     def used() -> dict[int, float]:
-        threads = (thread for process in processes for thread in process.threads())
-        return {thread.id: thread.user_time + thread.system_time for thread in threads}
+        found = {}
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                found |= {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
+        return found
 
     before = used()
     time.sleep(seconds)
