@@ -35,11 +35,11 @@ class Variant:
     config: Mapping[str, Any]
 
     def key(self) -> dict[str, Any]:
-        """Of its answers' records; a profile counts by what stands in it."""
-        key = {"xargs": dict(self.xargs), "config": dict(self.config)}
-        if profile := self.config.get("profile"):
-            key["profile"] = sha256_file(Path(profile))
-        return key
+        """Of its answers' records; a profile counts by what stands in it, wherever it lies."""
+        config = dict(self.config)
+        if profile := config.get("profile"):
+            config["profile"] = sha256_file(Path(profile))
+        return {"xargs": dict(self.xargs), "config": config}
 
 
 DENSE = Variant("dense", "", {"uniprefill": 0}, {})
