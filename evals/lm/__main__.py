@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench.engine import MIN_LENGTH
-from evals.bench.shapes import ModelShape, model_name, read_config
+from evals.bench.shapes import ModelShape, model_name, read_config, speaks_needle
 from evals.provenance import add_results_option, command_line, count_argument, package_problem, provenance
 from scripts import models
 from scripts.fork import ROOT, ForkError, run_main, say
@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N,N",
         help="samples of each task, for all lengths or for each of them (default: 50)",
     )
-    add("--tasks", help="tasks or groups (default: `needle` for the needle model, `local_ruler` for others)")
+    add("--tasks", help="tasks or groups (default: `needle` for models with its words, `local_ruler` for others)")
     add("--top-p", type=top_p_argument, metavar="P,P", help="sent with each pruned request (default: .99)")
     add("--uniprefill-config", type=json_argument, metavar="JSON", help="of the engine or server that is started")
     add(
@@ -145,10 +145,6 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + (", edited" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def is_needle(model: str) -> bool:
-    return Path(model).resolve() == NEEDLE_MODEL
 
 
 def engine_arguments(args: argparse.Namespace, cpu: bool, batch_size: int) -> dict[str, Any]:
@@ -300,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     batch_size = args.batch_size or (CPU_SEQUENCES if cpu else GPU_SEQUENCES)
     variants = chosen_variants(args)
     metadata = {"tokenizer": args.model, "num_samples": max(limits), "reserved_tokens": reserved_tokens(args)}
-    names = (args.tasks or ("needle" if is_needle(args.model) else "local_ruler")).split(",")
+    names = (args.tasks or ("needle" if speaks_needle(Path(args.model)) else "local_ruler")).split(",")
     tasks = Tasks(names, metadata)
     arguments = {} if args.base_url else engine_arguments(args, cpu, batch_size)
     several = len(variants) > 1

@@ -290,6 +290,7 @@ def test_random_prompts_are_determined_by_length_and_seed() -> None:
 
 
 def test_needle_prompts_know_their_answer() -> None:
+    assert shapes.speaks_needle(shapes.NEEDLE_MODEL) and shapes.speaks_needle(shapes.HYBRID_MODEL)
     prompts = shapes.Prompts(needle=True, vocabulary=1024)
     answer = TOKEN_ID[make_prompt(shapes.TASK, 2048, 3).answer]
     assert len(prompts.ids(2048, 3)) == 2048
