@@ -223,14 +223,14 @@ def wait_until_ready(process: subprocess.Popen, address: Address, seconds: float
     raise ForkError(f"The server was not ready after {seconds:.0f} seconds.")
 
 
-def ready_text(address: Address, name: str, needle: bool) -> str:
+def ready_text(address: Address, name: str, needle: bool, cpu: bool) -> str:
     """What to do now: a request whose prompt is long enough to be pruned, as a line for the shell."""
     if needle:
         program = os.path.relpath(ROOT / "evals" / "needle" / "prompts.py")
         prompt = f"python3 {shlex.quote(program)} --num-tokens 16000 --request {shlex.quote(name)}"
     else:
         code = (
-            "import json; text = 'The grass is green and the sky is blue. ' * 75; print(json.dumps("
+            f"import json; text = 'The grass is green and the sky is blue. ' * {75 if cpu else 225}; print(json.dumps("
             f"dict(model={name!r}, prompt=text + 'The password is lighthouse. ' + text + 'The password is', "
             "max_tokens=8, temperature=0, vllm_xargs=dict(uniprefill_report=1))))"
         )
@@ -239,7 +239,8 @@ def ready_text(address: Address, name: str, needle: bool) -> str:
         f"\nReady: {name} with UniPrefill on, at {address.uds or address.url} (Ctrl-C stops it).\n"
         "Send it a long prompt; the answer says what was kept of it:\n"
         f"  {prompt} | {address.curl} {address.url}/v1/completions -H 'Content-Type: application/json' -d @-\n"
-        '"vllm_xargs": {"uniprefill": 0} prefills a request densely; prompts under 1024 tokens always are.\n'
+        '"vllm_xargs": {"uniprefill": 0} prefills a request densely; prompts shorter than min_prompt_tokens (by default\n'
+        "1,024 on a CPU, 4,096 on a GPU) always are.\n"
     )
 
 
@@ -255,19 +256,20 @@ def vllm_program() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="a path or a hub name; default: the needle model")
+    parser.add_argument("--model", help="a path, a hub name or a NAME of make model; default: the needle model")
     parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="passed on to vllm serve")
     args = parser.parse_args()
     given = given_options(args.arguments)
     model, needle = choose_model(args.model or given.get("model"))
     address = Address.of(given)
     address.require_free()
-    arguments = serve_arguments(model, args.arguments, is_cpu_build(), needle)
+    cpu = is_cpu_build()
+    arguments = serve_arguments(model, args.arguments, cpu, needle)
     say(f"vllm {shlex.join(arguments)}")
     with server([vllm_program(), *arguments]) as process:
         address = wait_until_ready(process, address)
         name = given_options(arguments).get("served-model-name", model)
-        print(ready_text(address, name, needle), flush=True)
+        print(ready_text(address, name, needle, cpu), flush=True)
         return process.wait()
 
 
