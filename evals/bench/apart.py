@@ -11,6 +11,7 @@ Exit status 0: measured; 1: a problem to mend.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -95,7 +96,7 @@ def one_server(mix: Mix, model: Path, folder: Path) -> Iterator[LiveServer]:
 @contextmanager
 def apart_servers(mix: Mix, model: Path, folder: Path) -> Iterator[ApartServers]:
     options = load.server_options(mix, True) | {"--block-size": str(BLOCK_SIZE)}
-    declines = f'{{"top_p": 0.99, "decline_below_tokens": {DECLINED}}}'
+    declines = json.dumps(load.CONFIG | {"decline_below_tokens": DECLINED})
     network = {"VLLM_HOST_IP": "127.0.0.1", "UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
     roles = ("kv_producer", {"--uniprefill-config": declines}), ("kv_consumer", {})
     with ExitStack() as stack:

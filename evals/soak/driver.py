@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from evals.bench.engine import MIN_LENGTH
 from evals.live_server import LiveServer, live_server
 from evals.needle.prompts import make_prompt
 from evals.soak.traffic import COMPLETIONS, CROWD_CLIENTS, TASK, VARIANTS, Traffic, chunks, make_questions
@@ -17,7 +19,7 @@ from evals.soak.watch import Memory, growth, open_files, processes_of, settle, s
 MAX_MODEL_LEN = 8192
 CACHE_TOKENS = 8704
 OPTIONS: dict[str, str | None] = {
-    "--uniprefill-config": '{"top_p": 0.99}',
+    "--uniprefill-config": json.dumps({"top_p": 0.99, "min_prompt_tokens": MIN_LENGTH}),
     "--max-model-len": str(MAX_MODEL_LEN),
     "--max-num-seqs": "16",
     "--block-size": "32",

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from evals.bench.engine import MIN_LENGTH
 from evals.live_server import NAME
 from evals.needle.prompts import NeedlePrompt, is_correct, make_prompt
 
@@ -189,7 +190,7 @@ class Traffic:
                 text += choice["text"]
                 reports += [choice["uniprefill"]] if "uniprefill" in choice else []
         self.check(question, variant, text)
-        pruned = variant != "dense" and question.num_tokens >= 1024
+        pruned = variant != "dense" and question.num_tokens >= MIN_LENGTH
         if [report["outcome"] for report in reports] != ["pruned" if pruned else "dense"]:
             raise RuntimeError(f"reports {reports} of a {variant} request of {question.num_tokens} tokens")
 
