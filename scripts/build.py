@@ -44,9 +44,9 @@ def has_nvidia_gpu() -> bool:
 
 
 def choose_device(asked: str, gpu: bool) -> str:
-    if asked not in ("", "auto", "cpu", "cuda"):
+    if asked not in ("", "cpu", "cuda"):
         raise ForkError(f"DEVICE={asked} is not known: use DEVICE=cpu, DEVICE=cuda or leave it out.")
-    return asked if asked in ("cpu", "cuda") else ("cuda" if gpu else "cpu")
+    return asked or ("cuda" if gpu else "cpu")
 
 
 @contextlib.contextmanager

@@ -290,12 +290,7 @@ def build_extension(layout: Layout, jobs: int, cache: Path | None = None) -> Pat
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-j", "--jobs", type=int, default=default_jobs(), help="g++ processes at a time")
-    parser.add_argument("--show-isa", action="store_true", help="only say what would be compiled for")
     args = parser.parse_args()
-    if args.show_isa:
-        found = cpu_flags(Path("/proc/cpuinfo").read_text())
-        print(choose_isa(found).name, extension_name(found))
-        return 0
     print(build_extension(Layout(), args.jobs))
     return 0
 

@@ -40,9 +40,7 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
             yield measure_kernels(bench.model, tokens, bench.repeats, rates, bench.device)
 
 
-def work_of(
-    shape: ModelShape, tokens: int, num_queries: int = NUM_QUERIES, block_size: int = BLOCK_SIZE
-) -> dict[str, int]:
+def work_of(shape: ModelShape, tokens: int) -> dict[str, int]:
     """The least that scoring a prompt's blocks in one layer takes, and what our kernels add.
 
     Returns:

@@ -7,7 +7,7 @@ from scripts import build, environment, fork, lock
 
 @pytest.mark.parametrize(
     "asked, gpu, device",
-    [("", True, "cuda"), ("", False, "cpu"), ("auto", True, "cuda"), ("cpu", True, "cpu"), ("cuda", False, "cuda")],
+    [("", True, "cuda"), ("", False, "cpu"), ("cpu", True, "cpu"), ("cuda", False, "cuda")],
 )
 def test_device(asked, gpu, device):
     assert build.choose_device(asked, gpu) == device
