@@ -19,9 +19,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.fork import ForkError
-from scripts.serve import Address, fast_dtype, is_cpu_build, server, session_members, wait_until_ready
+from scripts.serve import NEEDLE_MODEL, Address, fast_dtype, is_cpu_build, server, session_members, wait_until_ready
 
-NEEDLE_MODEL = Path(__file__).resolve().parent / "needle" / "model"
 NAME = "needle"
 READY_SECONDS = 1200.0
 

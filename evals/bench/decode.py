@@ -23,6 +23,7 @@ from typing import Any
 
 from evals.bench.arithmetic import rotated, size_label, spread, within_spread
 from evals.bench.engine import MIN_LENGTH, Bench, EngineSpec
+from evals.bench.gain import SHARE_OF_FLOP_MODEL
 from evals.bench.report import Panel, Part, Result, draw_range, expectation, on_gpu, ranged, table
 from scripts.fork import ForkError, Layout, say
 from scripts.upstream_tests import make_release
@@ -33,7 +34,6 @@ NEW_TOKENS = 64
 PRISTINE, FORK = "pristine", "fork, no flag"
 DENSE, PRUNED = "fork, flag, dense", "fork, flag, pruned"
 WIDEST_SPREAD = 0.2  # runs that differ by more tell nothing
-SHARE_OF_FLOP_MODEL = 0.9
 FLOP_MODEL_FROM = 32768  # tokens from which on a prompt is FLOPs, and little else
 COLD = 1.0  # seconds that the first prompt of a length may take longer
 FLASHINFER = {"attention_backend": "FLASHINFER"}

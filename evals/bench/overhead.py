@@ -11,13 +11,12 @@ from evals.bench.arithmetic import size_label, spread
 from evals.bench.efficiency import place
 from evals.bench.engine import Bench, place_label, top_p_variants
 from evals.bench.hooks import clock, device_stopwatch, host_stopwatch
+from evals.bench.kernels import LONG, SELECTION_SECONDS
 from evals.bench.report import Panel, Part, Result, expectation, on_gpu, table
 from scripts.fork import say
 
 STEPS = ("score", "choose", "leave", "metadata")
 MOST = 0.05
-SELECTION_SECONDS = 1e-3
-LONG = 131072
 
 
 def measure(bench: Bench) -> Iterator[dict[str, Any]]:

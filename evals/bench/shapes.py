@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from evals.needle.prompts import TOKEN_ID, encode, make_prompt
 from scripts.fork import ForkError
+from scripts.serve import NEEDLE_MODEL
 
-NEEDLE_MODEL = Path(__file__).resolve().parents[1] / "needle" / "model"
 HYBRID_MODEL = NEEDLE_MODEL.with_name("needle-hybrid")
 TASK = "multikey"  # its answer is one token, so the first token tells
 

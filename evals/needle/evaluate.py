@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from evals.needle.prompts import STATEMENT_LENGTH, TASKS, NeedlePrompt, is_correct, make_prompt
+from evals.provenance import numbers_argument
 from scripts.fork import ForkError, run_main
 from tests.oracle.selection import SelectionRule, block_masses, forced_blocks, select_blocks
 
@@ -151,10 +153,6 @@ def table_row(masses: list[Tensor], prompt: NeedlePrompt) -> list[dict[str, floa
     return rows
 
 
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def evaluate(args: argparse.Namespace) -> dict[str, object]:
     torch.set_num_threads(args.threads)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
@@ -182,8 +180,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
                     "length": length, "task": task, "run": name, "n": len(outcomes),
                     "right": sum(right for right, _ in outcomes),
                     "needle_kept": sum(r.needle_kept for _, r in outcomes),
-                    "kept": [round(mean(x), 4) for x in zip(*(r.kept for _, r in outcomes), strict=False)],
-                    "prefill_seconds": round(mean([r.prefill_seconds for _, r in outcomes]), 3),
+                    "kept": [round(fmean(x), 4) for x in zip(*(r.kept for _, r in outcomes), strict=False)],
+                    "prefill_seconds": round(fmean(r.prefill_seconds for _, r in outcomes), 3),
                 }  # fmt: skip
                 results.append(row)
                 print(
@@ -192,14 +190,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, object]:
                     flush=True,
                 )
         for layer, rows in sorted(table.items()):
-            averages = {name: round(mean([r[name] for r in rows]), 4) for name in rows[0]}
+            averages = {name: round(fmean(r[name] for r in rows), 4) for name in rows[0]}
             results.append({"length": length, "layer": layer, "n": len(rows), **averages})
             print(f"{length:6} layer {layer} " + " ".join(f"{n} {v:.3f}" for n, v in averages.items()), flush=True)
     return {"model": str(args.model.name), "dtype": args.dtype, "seed": args.seed, "results": results}
-
-
-def numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in text.split(",") if x)
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -209,11 +203,11 @@ def words(text: str) -> tuple[str, ...]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the needle model with transformers.")
     parser.add_argument("model", type=Path, help="model directory")
-    parser.add_argument("--lengths", type=numbers, default=(1024, 4096), help="prompt lengths in tokens")
+    parser.add_argument("--lengths", type=numbers_argument, default=(1024, 4096), help="prompt lengths in tokens")
     parser.add_argument("--tasks", type=words, default=TASKS, help=f"of {','.join(TASKS)}")
     parser.add_argument("--count", type=int, default=10, help="prompts per task and length")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
-    parser.add_argument("--prune", type=numbers, default=(), help="also prune, after these layers (such as 2,4,6)")
+    parser.add_argument("--prune", type=numbers_argument, default=(), help="also prune, after these layers (such as 2,4,6)")
     parser.add_argument("--top-p", type=float, default=0.99)
     parser.add_argument("--over", type=words, default=("all",), help="all, middle or all,middle")
     parser.add_argument("--table", action="store_true", help="attention mass per layer")
