@@ -239,8 +239,8 @@ def ready_text(address: Address, name: str, needle: bool, cpu: bool) -> str:
         f"\nReady: {name} with UniPrefill on, at {address.uds or address.url} (Ctrl-C stops it).\n"
         "Send it a long prompt; the answer says what was kept of it:\n"
         f"  {prompt} | {address.curl} {address.url}/v1/completions -H 'Content-Type: application/json' -d @-\n"
-        '"vllm_xargs": {"uniprefill": 0} prefills a request densely; prompts shorter than min_prompt_tokens (by default\n'
-        "1,024 on a CPU, 4,096 on a GPU) always are.\n"
+        '"vllm_xargs": {"uniprefill": 0} prefills a request densely; prompts shorter than min_prompt_tokens (by\n'
+        "default 1,024 on a CPU, 4,096 on a GPU) always are.\n"
     )
 
 

@@ -18,7 +18,7 @@ METHOD = """\
 - **recall**: prompts of which every needed block is still alive after the last cut. It counts prompts that the model
   answers, wholly or in part, when nothing is dropped, and whose needed blocks are not kept anyway; of several answers
   the blocks of those that it gives.
-- **computed**: the prefill's FLOPs, as a share of the dense ones; scoring is free here.
+- **FLOPs**: of the prefill, as a share of the dense ones; scoring is free here.
 - The part `choose` made the candidates, by what they save and by recall; the cheapest that loses no more than the limit
   of the answers to `check`, which has other wordings, haystacks and seeds, stands. Tasks that the model does not answer
   densely to two fifths at a length do not count. Since these answers chose it, they flatter it a little: `make eval`
@@ -77,7 +77,7 @@ def markdown(profile: dict[str, Any]) -> str:
         f"# What {model['name']} may drop",
         table(("", ""), facts),
         table(("cut after layer", "heads", "last queries", "keep", "rank on `check`: mean, worst"), cut_lines(profile)),
-        table(("part", "prompts", "that tell", "recall [95 %]", "computed"), part_lines(evidence)),
+        table(("part", "prompts", "that tell", "recall [95 %]", "FLOPs"), part_lines(evidence)),
         f"![ranks by layer and head]({model['name']}.png)",
     ]
     if answered := evidence["end_to_end"]:

@@ -3,8 +3,8 @@
 Prints one table and writes it, as lm-MODEL-DEVICE.json and .md in --results: for each task and length the scores dense
 and pruned, the paired difference with a 95 % interval, the share of the prompt kept, and the ratio of the times to the
 first token.
-With several values of --top-p, or several methods, it also plots accuracy and that ratio against what is computed
-(lm-MODEL-DEVICE-curve.png).
+With several values of --top-p, or several methods, it also plots accuracy and that ratio against what is computed, and
+the files are lm-MODEL-DEVICE-curve.json, .md and .png.
 
 A run that was ended goes on where it stopped: answers lie in build/evals/, by the settings and the package.
 Exit status 0: measured; 1: a problem to mend; 130: interrupted.

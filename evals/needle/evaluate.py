@@ -207,7 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tasks", type=words, default=TASKS, help=f"of {','.join(TASKS)}")
     parser.add_argument("--count", type=int, default=10, help="prompts per task and length")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
-    parser.add_argument("--prune", type=numbers_argument, default=(), help="also prune, after these layers (such as 2,4,6)")
+    parser.add_argument(
+        "--prune", type=numbers_argument, default=(), help="also prune, after these layers (such as 2,4,6)"
+    )
     parser.add_argument("--top-p", type=float, default=0.99)
     parser.add_argument("--over", type=words, default=("all",), help="all, middle or all,middle")
     parser.add_argument("--table", action="store_true", help="attention mass per layer")
