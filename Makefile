@@ -2,8 +2,7 @@
 PYTHON ?= python3
 # cpu or cuda; empty: cuda where there is an NVIDIA GPU
 DEVICE ?=
-# passed on: to vllm serve (serve), to pytest (test, test-upstream), to the program (bench, bench-load, bench-apart, soak,
-# eval)
+# passed on: to vllm serve (serve), to pytest (test), to the image engine's build (docker), elsewhere to the task's program
 ARGS ?=
 MODEL ?=
 # of model: which one
@@ -87,7 +86,7 @@ eval: build ## accuracy of MODEL at LENGTHS, dense and pruned, with lm-evaluatio
 calibrate: build ## a profile of what MODEL may drop: the heads that score, where, how much (evals/README.md)
 	@exec $(VENV) -m evals.calibrate $(MODEL_OPTION) $(RESULTS_OPTION) $(if $(LENGTHS),--lengths '$(LENGTHS)') $(ARGS)
 
-bench-gpu: ## kernel checks and benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU, in one call
+bench-gpu: ## kernel checks and benchmarks at Llama-3.1-8B's shape, for an 80 GB NVIDIA GPU, in calls of under 8 minutes
 	@exec sh scripts/bench_gpu.sh $(RESULTS_OPTION) $(ARGS)
 
 pack-gpu: ## pieces that bring bench-gpu to a machine without a network, in build/gpu

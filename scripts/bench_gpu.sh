@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that wants a GPU, in under 8 minutes. On a machine where scripts/install_gpu.py put the
+# Everything that wants a GPU, in calls of under 8 minutes. On a machine where scripts/install_gpu.py put the
 # package (UNIPREFILL_SITE), with that machine's own Python; elsewhere with build/venv.
 cd "$(dirname "$0")/.." || exit
 site=${UNIPREFILL_SITE:-/tmp/uniprefill/site}
