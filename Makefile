@@ -4,6 +4,7 @@ PYTHON ?= python3
 DEVICE ?=
 # passed on: to vllm serve (serve), to pytest (test), to the image engine's build (docker), elsewhere to the task's program
 ARGS ?=
+# of serve, demo, bench, eval, calibrate: any; of bench-load, bench-apart: one with the needle model's words
 MODEL ?=
 # of model: which one
 NAME ?=
