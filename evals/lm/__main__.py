@@ -104,7 +104,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="samples of each task, for all lengths or for each of them (default: 50)",
     )
     add("--tasks", help="tasks or groups (default: `needle` for models with its words, `local_ruler` for others)")
-    add("--top-p", type=top_p_argument, metavar="P,P", help="sent with each pruned request (default: .99)")
+    add(
+        "--top-p",
+        type=top_p_argument,
+        metavar="P,P",
+        help="sent with each pruned request, of several methods by those without amounts of their own (default: .99)",
+    )
     add("--uniprefill-config", type=json_argument, metavar="JSON", help="of the engine or server that is started")
     add(
         "--method",
@@ -231,21 +236,28 @@ def chosen_variants(args: argparse.Namespace) -> list[Any]:
         raise ForkError("--uniprefill-config and --method are for engines that are started here; drop --base-url.")
     if args.uniprefill_config is not None and args.method:
         raise ForkError("--uniprefill-config and --method exclude each other; give the config a name.")
+    configs = args.method or [("", args.uniprefill_config or {})]
+    if len({name for name, _ in configs}) < len(configs):
+        raise ForkError("Two of --method have one name; give each its own.")
     variants = []
-    for name, config in args.method or [("", args.uniprefill_config or {})]:
+    for name, config in configs:
         if "keep_ratio" in config:
-            if args.top_p:
-                raise ForkError("--top-p and a keep_ratio in a config exclude each other; drop one.")
             own = f"keep_ratio {config['keep_ratio']:g}"
         elif "profile" in config or any(isinstance(cut, dict) for cut in config.get("selection_layers", ())):
             own = "own settings"
         else:
             own = None
+        if args.top_p and len(configs) == 1 and "keep_ratio" in config:
+            raise ForkError("--top-p and a keep_ratio in a config exclude each other; drop one.")
         if own:
             variants.append(Variant(name or own, name, {"uniprefill": 1}, config))
-        for top_p in args.top_p or (() if own else (config.get("top_p", 0.99),)):
+            if not args.top_p or len(configs) > 1:
+                continue
+        for top_p in args.top_p or (config.get("top_p", 0.99),):
             setting = f"{name}, top_p {top_p:g}".removeprefix(", ")
             variants.append(Variant(setting, name, {"uniprefill": 1, "uniprefill_top_p": top_p}, config))
+    if args.top_p and all("uniprefill_top_p" not in variant.xargs for variant in variants):
+        raise ForkError("--top-p is for methods without amounts of their own, and there is none; drop it.")
     return variants
 
 

@@ -197,7 +197,7 @@ def test_generating_tasks_and_groups_are_found() -> None:
 
 
 def test_each_config_says_how_its_prompts_are_pruned() -> None:
-    """A profile's own amounts are not overridden, unless --top-p asks for that too."""
+    """A profile's own amounts are overridden by --top-p if it is the only method."""
 
     def variants(*arguments: str) -> list[tuple[str, str, Any]]:
         found = chosen_variants(make_parser().parse_args(arguments))
@@ -212,13 +212,17 @@ def test_each_config_says_how_its_prompts_are_pruned() -> None:
         ("published, top_p 0.5", "published", 0.5),
         ("published, top_p 0.9", "published", 0.9),
         ("heads", "heads", None),
+    ]
+    assert variants("--method", f"heads={heads}", "--top-p", ".5") == [
+        ("heads", "heads", None),
         ("heads, top_p 0.5", "heads", 0.5),
-        ("heads, top_p 0.9", "heads", 0.9),
     ]
     for wrong in (
         ["--method", "a={}", "--uniprefill-config", "{}"],
         ["--method", "a={}", "--base-url", "http://127.0.0.1:1"],
         ["--uniprefill-config", '{"keep_ratio": 0.5}', "--top-p", ".9"],
+        ["--method", "a={}", "--method", 'a={"hops": 2}'],
+        ["--method", f"a={heads}", "--method", 'b={"keep_ratio": 0.5}', "--top-p", ".9"],
     ):
         with pytest.raises(ForkError):
             variants(*wrong)
