@@ -230,7 +230,7 @@ def ready_text(address: Address, name: str, needle: bool, cpu: bool) -> str:
         prompt = f"python3 {shlex.quote(program)} --num-tokens 16000 --request {shlex.quote(name)}"
     else:
         code = (
-            f"import json; text = 'The grass is green and the sky is blue. ' * {75 if cpu else 225}; print(json.dumps("
+            f"import json; text = 'The grass is green and the sky is blue. ' * {75 if cpu else 240}; print(json.dumps("
             f"dict(model={name!r}, prompt=text + 'The password is lighthouse. ' + text + 'The password is', "
             "max_tokens=8, temperature=0, vllm_xargs=dict(uniprefill_report=1))))"
         )
