@@ -359,6 +359,8 @@ def test_a_pool_and_a_step_below_the_shortest_pruned_prompt_are_refused(configur
         ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size > 1"),
         ({"enable_return_routed_experts": True}, "--enable-return-routed-experts"),
+        ({"offload_group_size": 4}, "--offload-group-size > 0"),
+        ({"kv_offloading_size": 8}, "--kv-offloading-size"),
         ({"scheduler_cls": "a.Scheduler"}, "--scheduler-cls"),
         ({"hf_overrides": {"layer_types": ["sliding_attention"] * 8}}, "no full-attention layer"),
     ],
@@ -455,6 +457,17 @@ def test_a_profile_gives_the_settings_and_others_take_precedence(configure, tmp_
     assert (config.profile, config.calibrated_for) == (path, LLAMA)
     config = configure({"profile": path, "top_p": 0.9, "hops": 1}).uniprefill_config
     assert (config.keep_ratio, config.top_p, config.hops) == (None, 0.9, 1)
+
+
+def test_an_amount_beside_a_profile_takes_precedence_over_those_of_its_layers(configure, tmp_path) -> None:
+    entries = [{"layer": 2, "heads": [1], "num_queries": 8, "top_p": 0.8}, {"layer": 4, "keep_ratio": 0.3}]
+    profile = {"model": LLAMA, "settings": {"selection_layers": entries}}
+    (path := tmp_path / "profile.json").write_text(json.dumps(profile))
+    own = configure({"profile": str(path)}).uniprefill_config.selection_layers
+    assert [(entry.top_p, entry.keep_ratio) for entry in own] == [(0.8, None), (None, 0.3)]
+    config = configure({"profile": str(path), "top_p": 0.99}).uniprefill_config
+    assert config.top_p == 0.99
+    assert config.selection_layers == [SelectionLayer(layer=2, heads=[1], num_queries=8), SelectionLayer(layer=4)]
 
 
 def test_another_models_profile_is_refused_by_name(configure, tmp_path) -> None:
