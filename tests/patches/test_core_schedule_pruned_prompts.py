@@ -125,6 +125,25 @@ def test_without_a_pool_a_prompt_waits_until_all_its_images_can_be_encoded(make_
         assert [*engine.took(request), *engine.took(request)] == expected
 
 
+def test_a_prompt_that_waits_for_the_lane_holds_no_encoder_outputs(make_engine, monkeypatch) -> None:
+    """The one in the lane may need their room, and would wait for ever."""
+    monkeypatch.setattr(Request, "has_encoder_inputs", True)
+    engine = make_engine(long_prefill_token_threshold=100)
+    held = set()
+
+    def encode(request, computed, new, budget, **_):
+        held.add(request.request_id)
+        return [], new, budget, [], []
+
+    monkeypatch.setattr(engine.scheduler, "_try_schedule_encoder_inputs", encode)
+    free = lambda request: held.discard(request.request_id)  # noqa: E731
+    monkeypatch.setattr(engine.scheduler.encoder_cache_manager, "free", free)
+    lane, waiting = engine.add(600), engine.add(600)
+    for _ in range(3):
+        assert engine.took(lane, waiting) == [100, 0]
+        assert held == {lane.request_id}
+
+
 def test_a_preempted_request_is_taken_whole_with_its_outputs(engine) -> None:
     """What outputs do not fit follow as a stock chunk."""
     request = engine.add(250)
