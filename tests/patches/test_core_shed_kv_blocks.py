@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import UNIPREFILL_ROLE, FullAttentionSpec, KVCacheGroupRole
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 from vllm.v1.uniprefill.kv_groups import MAX_GROUPS, MAX_PADDING, plan_groups
 from vllm.v1.uniprefill.step_plan import StepPlan
@@ -266,6 +267,24 @@ def test_a_report_from_before_a_preemption_returns_nothing(make, make_request, f
     assert before - free_blocks(scheduler) == held
     finish_step(scheduler, again, {request.request_id: [320, 320, 320]})
     assert before - free_blocks(scheduler) == held
+
+
+def test_an_output_from_before_a_preemption_has_its_own_report(make, make_request, monkeypatch) -> None:
+    """Preempted for want of blocks, a request still gets the token that was on its way."""
+    scheduler = make(async_scheduling=True)
+    request = make_request(320)
+    scheduler.add_request(request)
+    step = scheduler.schedule()
+    scheduler.running.remove(request)
+    scheduler._preempt_request(request, 0.0)
+    before, ended = free_blocks(scheduler), []
+    close = scheduler.ledger.close
+    monkeypatch.setattr(scheduler.ledger, "close", lambda req_id: ended.append(close(req_id)) or ended[-1])
+    output = ModelRunnerOutput([request.request_id], {request.request_id: 0}, sampled_token_ids=[[7]])
+    output.uniprefill_kept = {request.request_id: [320, 130, 40]}
+    scheduler.update_from_output(step, output)
+    assert request.num_output_tokens == 1 and [prefill.alive for _, prefill in ended] == [[320, 130, 40]]
+    assert free_blocks(scheduler) == before
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.75, 0.9])
