@@ -39,7 +39,7 @@ def test_absorbed_queries_score_as_the_projected_keys_do(heads: list[int] | None
     monkeypatch.setattr("vllm.v1.worker.gpu.uniprefill.scoring.get_tensor_model_parallel_rank", lambda: 0)
     layer, num_prompt, num_queries = mla_layer(), 300, 20
     entry = SimpleNamespace(heads=heads, num_queries=num_queries)
-    scorer = Scorer(SimpleNamespace(), entry, layer, torch.device("cpu"))
+    scorer = Scorer(SimpleNamespace(), entry, layer)
     latent, rope = torch.randn(num_prompt, LATENT), torch.randn(num_prompt, ROPE)
     query = torch.randn(num_queries, HEADS, NOPE + ROPE)
 

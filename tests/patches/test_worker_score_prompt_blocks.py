@@ -57,7 +57,7 @@ def expected_mass(heads: list[int] | None = None, **kwargs) -> torch.Tensor:
 
 def make_scorer(layer: Attention, rules: UniPrefillConfig | None = None, **entry) -> Scorer:
     rules = rules or UniPrefillConfig(block_size=BLOCK)
-    return Scorer(rules, SelectionLayer(layer=0, **entry), layer, torch.device("cpu"))
+    return Scorer(rules, SelectionLayer(layer=0, **entry), layer)
 
 
 def score(layer: Attention, **entry) -> torch.Tensor:
@@ -90,6 +90,12 @@ def test_only_the_listed_heads_score_each_with_its_keys_and_sink(config) -> None
     ]
     torch.testing.assert_close(score(layer, heads=heads), sum(alone))
     assert torch.equal(score(layer, heads=list(range(HEADS))), score(layer))
+
+
+def test_a_scorer_keeps_nothing_on_the_device(config) -> None:
+    """Sleep mode discards what was loaded with the model and is no parameter of it."""
+    held = vars(make_scorer(make_layer(config), heads=[0, 2]))
+    assert held["heads"] == [0, 2] and not any(isinstance(value, torch.Tensor) for value in held.values())
 
 
 def test_only_quantised_queries_are_multiplied_by_their_scale(config) -> None:
