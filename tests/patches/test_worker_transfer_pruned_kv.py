@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from vllm.v1.uniprefill.transfer import (
     wrong_address,
 )
 from vllm.v1.uniprefill.transfer_blocks import FilledBlocks
+from vllm.v1.worker.gpu import warmup
 
 UNIPREFILL = {"top_p": 0.9, "selection_layers": [1, 4], "min_prompt_tokens": 64}
 PROMPT = 200
@@ -112,6 +114,7 @@ def test_only_a_server_with_the_flag_checks_the_releases_parameters(decoder, con
         ({"tp_size": "1"}, "kv_transfer_params.tp_size"),
         ({"tp_size": 2}, "kv_transfer_params.tp_size"),
         ({"dcp_size": 2}, "kv_transfer_params.dcp_size"),
+        ({"do_remote_decode": True}, "kv_transfer_params.do_remote_decode"),
     ],
     ids=str,
 )
@@ -575,3 +578,15 @@ def test_an_aborted_prefill_offers_nothing(make_server, make_request) -> None:
     scheduler.schedule()
     scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
     assert free_blocks(scheduler) == free and not scheduler.requests and not scheduler.to_offer
+
+
+def test_warm_up_steps_run_without_the_connector(monkeypatch) -> None:
+    """They have no metadata for it."""
+    monkeypatch.setattr(warmup, "_warmup_kernels", lambda *_: None)
+    runner = MagicMock(rejection_sampler=None)
+    runner.model_state.get_warmup_steps.return_value = [MagicMock(total_num_scheduled_tokens=n) for n in (64, 0)]
+    warmup.warmup_kernels(runner, runner.execute, runner.sample)
+    calls = [call[0] for call in runner.mock_calls if call[0] in ("execute", "sample")]
+    assert calls == ["execute", "sample", "execute"]
+    switched = [call for call in runner.mock_calls if call[0] in ("kv_connector.set_disabled", "execute")]
+    assert [call[1][0] for call in (switched[0], switched[-1])] == [True, False] and len(switched) == 4
