@@ -80,7 +80,8 @@ def compare(
 ) -> list[Any] | None:
     """A row of evals.lm's table for each task and length; the first `timed` prompts of each length are timed too.
 
-    With `loss`, None as soon as more than this share of the answers that count is lost, whatever is still to come.
+    With `loss` only prompts that count are asked, and it is None as soon as more than this share of their answers is
+    lost, whatever is still to come.
     """
 
     def answer(sample: Sample, xargs: dict[str, Any]) -> dict[str, Any]:
@@ -93,8 +94,10 @@ def compare(
     found = []
     seen: dict[int, int] = {}
     for sample, unpruned, counts in zip(progress("pruned", samples, len(samples)), dense, count, strict=True):
+        if loss is not None and not counts:
+            continue
         pruned = answer(sample, PRUNED)
-        gained -= (1 - pruned["score"]) * counts
+        gained -= 1 - pruned["score"]
         if loss is not None and gained < -loss * sum(count) - 1e-9:  # not for a rounding error
             return None
         length = sample.prompt.length

@@ -281,14 +281,15 @@ def test_chance_gains_where_the_model_cannot_answer_make_up_for_no_loss() -> Non
 
 @pytest.mark.parametrize(("wrong", "asked"), [((), 12), ((0, 1), 2), ((10, 11), 12), ((0, 6), 7)])
 def test_asking_ends_when_too_much_is_lost(tmp_path: Path, wrong: tuple[int, ...], asked: int) -> None:
-    """12 prompts, of which one may be lost."""
-    samples = [made_sample(i, "check", (2, 1)) for i in range(12)]
+    """12 prompts, of which one may be lost, and two of a task that the model cannot answer."""
+    samples = [made_sample(i, "check", (2, 1)) for i in range(14)]
+    samples[12:] = [replace(sample, prompt=replace(sample.prompt, task="cannot")) for sample in samples[12:]]
     report = {"outcome": "pruned", "prompt_tokens": 1280, "segments": [{"layers": [0, 7], "tokens_in": 1280}]}
     pruned = []
 
     def ask(sample: ranks.Sample, xargs: dict) -> dict:
         if xargs == answers.DENSE:
-            return {"score": 1.0, "report": {}}
+            return {"score": float(sample.prompt.task != "cannot"), "report": {}}
         pruned.append(sample.prompt.index)
         return {"score": float(sample.prompt.index not in wrong), "report": report}
 
