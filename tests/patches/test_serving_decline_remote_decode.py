@@ -1,4 +1,4 @@
-"""serving-decline-remote-decode.patch: which requests a prefill server leaves to the decode server, and how they end."""
+"""serving-decline-remote-decode.patch: what a prefill server leaves to the decode server, and how it ends."""
 
 from __future__ import annotations
 
