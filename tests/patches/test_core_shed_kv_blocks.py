@@ -7,6 +7,7 @@ That traffic with such groups leaks no block and reads none that it returned is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import UNIPREFILL_ROLE, FullAttentionSpec, KVCac
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 from vllm.v1.uniprefill.kv_groups import MAX_GROUPS, MAX_PADDING, plan_groups
+from vllm.v1.uniprefill.ledger import EndedPrefill, KVBlocks
 from vllm.v1.uniprefill.step_plan import StepPlan
 
 UNIPREFILL = {"top_p": 0.9, "selection_layers": [1, 4], "min_prompt_tokens": 64, "pool_tokens": 900}
@@ -129,20 +131,32 @@ def make(make_scheduler) -> Callable[..., Scheduler]:
     return lambda **more: make_scheduler(UNIPREFILL, segments=SEGMENTS, max_num_batched_tokens=1024, **more)
 
 
-def test_blocks_come_back_when_the_scheduler_hears_of_them(make, make_request, finish_step) -> None:
+def ended_prefills(scheduler: Scheduler, monkeypatch) -> list[EndedPrefill]:
+    """Those that end from now on."""
+    ended, close = [], scheduler.ledger.close
+
+    def noted(req_id: str) -> Any:
+        if closed := close(req_id):
+            ended.append(closed[1])
+        return closed
+
+    monkeypatch.setattr(scheduler.ledger, "close", noted)
+    return ended
+
+
+def test_blocks_come_back_when_the_scheduler_hears_of_them(make, make_request, finish_step, monkeypatch) -> None:
     """Those of whole blocks in later groups, by what their first layer dropped; all others when the request ends."""
     scheduler = make()
     before = free_blocks(scheduler)
-    request = make_request(320, max_tokens=20, extra={"uniprefill_report": 1})
+    ended = ended_prefills(scheduler, monkeypatch)
+    request = make_request(320, max_tokens=20)
     scheduler.add_request(request)
     step = scheduler.schedule()
     assert before - free_blocks(scheduler) == 4 * 20
-    outputs = finish_step(scheduler, step, {request.request_id: [320, 130, 40]})
+    finish_step(scheduler, step, {request.request_id: [320, 130, 40]})
     # 190 dropped are 11 blocks, 280 are 17
     assert before - free_blocks(scheduler) == 20 + 2 * (20 - 11) + (20 - 17)
-    assert outputs[request.request_id].uniprefill["kv_blocks"] == [
-        {"layers": 1, "held": 20 - returned, "returned": returned} for returned in (0, 11, 11, 17)
-    ]
+    assert [prefill.kv_blocks for prefill in ended] == [[KVBlocks(1, 20 - n, n) for n in (0, 11, 11, 17)]]
     step = scheduler.schedule()  # a new block in every group
     assert before - free_blocks(scheduler) == 20 + 2 * 9 + 3 + 4
     finish_step(scheduler, step)
@@ -178,10 +192,13 @@ class Lane:
         return held
 
 
-def test_in_the_lane_a_group_takes_blocks_when_the_prompt_gets_to_it(make_scheduler, make_request, finish_step) -> None:
+def test_in_the_lane_a_group_takes_blocks_when_the_prompt_gets_to_it(
+    make_scheduler, make_request, finish_step, monkeypatch
+) -> None:
     """And only those of what it keeps: 190 dropped are 11 blocks of 20, 280 are 17. The peak is what it holds then."""
     lane = Lane(make_scheduler, finish_step)
-    request = make_request(320, max_tokens=20, extra={"uniprefill_report": 1})
+    ended = ended_prefills(lane.scheduler, monkeypatch)
+    request = make_request(320, max_tokens=20)
     lane.scheduler.add_request(request)
     for held in (8, 16, 20):
         assert lane.step().lane.num_segments == 1 and lane.held == held
@@ -191,11 +208,8 @@ def test_in_the_lane_a_group_takes_blocks_when_the_prompt_gets_to_it(make_schedu
     assert lane.step().lane.num_segments is None and lane.held == 20 + 2 * 9 + 3
     lane.step({request.request_id: [320, 130, 40]})
     assert lane.held == 20 + 2 * 9 + 3 and lane.scheduler.lane is None
-    step = lane.scheduler.schedule()
-    outputs = finish_step(lane.scheduler, step)
-    assert outputs[request.request_id].uniprefill["kv_blocks"] == [
-        {"layers": 1, "held": 20 - returned, "returned": returned} for returned in (0, 11, 11, 17)
-    ]
+    lane.step()
+    assert [prefill.kv_blocks for prefill in ended] == [[KVBlocks(1, 20 - n, n) for n in (0, 11, 11, 17)]]
     lane.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
     assert lane.held == 0
     managers = lane.scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -277,13 +291,11 @@ def test_an_output_from_before_a_preemption_has_its_own_report(make, make_reques
     step = scheduler.schedule()
     scheduler.running.remove(request)
     scheduler._preempt_request(request, 0.0)
-    before, ended = free_blocks(scheduler), []
-    close = scheduler.ledger.close
-    monkeypatch.setattr(scheduler.ledger, "close", lambda req_id: ended.append(close(req_id)) or ended[-1])
+    before, ended = free_blocks(scheduler), ended_prefills(scheduler, monkeypatch)
     output = ModelRunnerOutput([request.request_id], {request.request_id: 0}, sampled_token_ids=[[7]])
     output.uniprefill_kept = {request.request_id: [320, 130, 40]}
     scheduler.update_from_output(step, output)
-    assert request.num_output_tokens == 1 and [prefill.alive for _, prefill in ended] == [[320, 130, 40]]
+    assert request.num_output_tokens == 1 and [prefill.alive for prefill in ended] == [[320, 130, 40]]
     assert free_blocks(scheduler) == before
 
 
