@@ -247,17 +247,15 @@ def chosen_variants(args: argparse.Namespace) -> list[Any]:
             own = "own settings"
         else:
             own = None
-        if args.top_p and len(configs) == 1 and "keep_ratio" in config:
-            raise ForkError("--top-p and a keep_ratio in a config exclude each other; drop one.")
         if own:
             variants.append(Variant(name or own, name, {"uniprefill": 1}, config))
-            if not args.top_p or len(configs) > 1:
+            if not args.top_p or "keep_ratio" in config or len(configs) > 1:
                 continue
         for top_p in args.top_p or (config.get("top_p", 0.99),):
             setting = f"{name}, top_p {top_p:g}".removeprefix(", ")
             variants.append(Variant(setting, name, {"uniprefill": 1, "uniprefill_top_p": top_p}, config))
     if args.top_p and all("uniprefill_top_p" not in variant.xargs for variant in variants):
-        raise ForkError("--top-p is for methods without amounts of their own, and there is none; drop it.")
+        raise ForkError("--top-p and configs with amounts of their own exclude each other; drop it.")
     return variants
 
 
