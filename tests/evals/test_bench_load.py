@@ -66,7 +66,9 @@ def test_the_command_asks_for_what_the_way_is(tmp_path: Path, way: str, xargs: d
 
 def test_the_servers_differ_in_the_flag_alone() -> None:
     with_flag, without = (load.server_options(MIX, flag) for flag in (True, False))
-    assert with_flag.items() - without.items() == {("--uniprefill-config", json.dumps(load.CONFIG))}
+    assert with_flag.items() - without.items() == {
+        ("--uniprefill-config", '{"top_p": 0.99, "min_prompt_tokens": 1024}')
+    }
     assert without.items() <= with_flag.items()
 
 

@@ -136,8 +136,9 @@ def test_a_prompt_that_waits_for_the_lane_holds_no_encoder_outputs(make_engine, 
         return [], new, budget, [], []
 
     monkeypatch.setattr(engine.scheduler, "_try_schedule_encoder_inputs", encode)
-    free = lambda request: held.discard(request.request_id)  # noqa: E731
-    monkeypatch.setattr(engine.scheduler.encoder_cache_manager, "free", free)
+    monkeypatch.setattr(
+        engine.scheduler.encoder_cache_manager, "free", lambda request: held.discard(request.request_id)
+    )
     lane, waiting = engine.add(600), engine.add(600)
     for _ in range(3):
         assert engine.took(lane, waiting) == [100, 0]

@@ -122,7 +122,7 @@ def test_a_taken_port_or_socket_is_one_sentence(tmp_path):
         serve.Address(uds=str(tmp_path / "socket")).require_free()
 
 
-@pytest.mark.parametrize(("needle", "cpu", "least"), [(True, False, 4096), (False, True, 1024), (False, False, 4096)])
+@pytest.mark.parametrize(("needle", "cpu", "least"), [(True, False, 4096), (False, True, 1200), (False, False, 4096)])
 def test_the_ready_line_has_a_request_long_enough_to_be_pruned(needle, cpu, least):
     """The shell runs it up to curl; a name with a quote and a space does not break it."""
     name = "needle" if needle else "it's a/model"
